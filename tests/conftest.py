@@ -1,0 +1,65 @@
+"""Shared by all tests: the scripts are importable, torch uses one thread, and a tiny dataset in the project's own format."""
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)     # results do not depend on how many cores the machine has, and busy cores do not slow it down
+
+import prepare_data  # noqa: E402
+
+
+def moving_square(seed, length=24, size=32):
+    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7) in pixels / 100, proprio (T, 7)."""
+    rng = np.random.default_rng(seed)
+    position, frames, actions, proprio = rng.uniform(6, 26, 2), [], [], []
+    velocity = rng.uniform(-2, 2, 2)
+    for _ in range(length):
+        frame = np.full((size, size, 3), 40, np.uint8)
+        x, y = position.round().astype(int)
+        frame[max(y - 4, 0):y + 4, max(x - 4, 0):x + 4] = (220, 60, 60)
+        frames.append(frame)
+        proprio.append([*position / 10, 0, 0, 0, 0, 1])
+        velocity = np.clip(0.8 * velocity + rng.normal(0, 0.8, 2) + 0.05 * (16 - position), -3, 3)
+        actions.append([*velocity / 100, 0, 0, 0, 0, float(position[0] > 16)])
+        position = np.clip(position + velocity, 4, 28)
+    return frames, np.array(actions[:-1], np.float32), np.array(proprio, np.float32)
+
+
+def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=24, text_encoder="hash"):
+    """A dataset folder through the project's own writer. Instructions alternate between two."""
+    def job(i):
+        frames, acts, proprio = moving_square(i, length)
+        jpeg = [prepare_data.encode_frame(cv2.cvtColor(f, cv2.COLOR_RGB2BGR)) for f in frames]
+        episode = {"images": {c: jpeg for c in cameras}, "instructions": [("move the square", "push the box")[i % 2]], "fps": 20.0}
+        return {**episode, "actions": acts, "proprio": proprio} if actions else episode
+
+    about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none", format_version=1,
+                 alignment="pre", text_encoder=text_encoder, text_dim=512, extra={},
+                 action={"names": "x y . . . . side", "units": "pixels / 100"} if actions else None,
+                 proprio={"names": "x y"} if actions else None)
+    folder.mkdir(parents=True)
+    jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
+    shard = str(folder / "00000.h5")
+    prepare_data.write_shard(shard, about, jobs, [], prepare_data.TextEncoder(text_encoder))
+    prepare_data.finish(str(folder), about, [shard], episodes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Two datasets of a moving square: `video` without actions (one camera), `robot` with actions and two cameras."""
+    root = tmp_path_factory.mktemp("data")
+    return Namespace(video=str(write_dataset(root / "video", actions=False)),
+                     robot=str(write_dataset(root / "robot", cameras=("front", "side"))))
+
+
+def metrics(run):
+    """metrics.jsonl of a run folder -> list of dicts."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,340 @@
+"""Claims of evaluate.py: a stopped evaluation ends in the same numbers, rollouts are honest, statistics are right."""
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+import evaluate
+from models import ActionChunker, BAKU, InputError, make_policy, save_checkpoint
+
+
+class FakeTask:
+    def __init__(self, instruction, max_steps=20):
+        self.instruction, self.max_steps = instruction, max_steps
+
+
+TASKS = {"push": FakeTask("push the cup"), "pull": FakeTask("pull the cup"), "lift": FakeTask("lift the cup", 30)}
+
+
+class FakeEnv:
+    """A point on a line that has to pass a mark; the mark follows from (task, seed). The picture shows the point."""
+    resets, stop_after = [], None       # of all instances; reset number stop_after is a Ctrl-C
+
+    def __init__(self, cameras, image_size, spread):
+        self.cameras, self.size, self.spread = cameras, image_size, spread
+
+    def reset(self, task, seed):
+        FakeEnv.resets.append((task, seed))
+        if len(FakeEnv.resets) == FakeEnv.stop_after:
+            raise KeyboardInterrupt
+        self.max_steps, self.steps, self.x = TASKS[task].max_steps, 0, 0.0
+        self.mark = np.random.default_rng([seed, list(TASKS).index(task)]).uniform(0, 0.04) + 1e-6
+        return self.observe()
+
+    def observe(self):
+        value = int(np.clip(128 + 2000 * self.x, 0, 255))
+        images = {c: np.full((self.size, self.size, 3), value, np.uint8) for c in self.cameras}
+        return {"images": images, "proprio": np.full(7, self.x, np.float32)}
+
+    def step(self, action):
+        self.x, self.steps = self.x + action[0], self.steps + 1
+        success = self.x > self.mark
+        return self.observe(), success or self.steps >= self.max_steps, success
+
+    def close(self):
+        pass
+
+
+class FakeExpert:
+    def __init__(self, env, seed):
+        self.env = env
+
+    def act(self):
+        return np.array([self.env.mark / 10, 0, 0, 0, 0, 0, 1.0])
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch):
+    FakeEnv.resets, FakeEnv.stop_after = [], None
+    limit = np.full(7, 0.02)
+    fake = evaluate.Benchmark(FakeEnv, TASKS, ("front",), FakeExpert, np.zeros(7), -limit, limit, 1_000_000, 20,
+                              "fake 1")
+    monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake)
+    return fake
+
+
+def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", **data):
+    torch.manual_seed(seed)
+    config = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7, action_dim=7,
+                  latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
+                  **(BAKU.SIZES["tiny"] | dict(width=16, layers=1, heads=2, channels=8)))
+    policy = make_policy(config)
+    if head == "action":
+        policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
+    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(), text_encoder="hash",
+                               data={"instructions": list(instructions), **data}))
+    return str(path)
+
+
+def run(out, *flags):
+    evaluate.main(["--env", "fake", "--out", str(out), *flags])
+    results = json.loads((out / "results.json").read_text())
+    results.pop("provenance")
+    for arm in results["arms"].values():
+        arm.pop("seconds_per_episode")
+    return results
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_ends_in_the_same_numbers_and_repeats_no_finished_episode(tmp_path):
+    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "5")
+    whole = run(tmp_path / "whole", *flags)
+    assert len(FakeEnv.resets) == 3 * 2 * 5                # policy, noop, random; two tasks
+
+    FakeEnv.resets, FakeEnv.stop_after = [], 14
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", *flags)
+    FakeEnv.resets, FakeEnv.stop_after = [], None
+    assert run(tmp_path / "killed", *flags, "--resume") == whole
+    assert len(FakeEnv.resets) == 3 * 2 * 5 - 13           # 13 had finished
+
+
+def test_a_line_torn_by_kill_9_is_run_again(tmp_path):
+    flags = ("--checkpoint", "expert", "--no-controls", "--episodes", "3")
+    whole = run(tmp_path, *flags)
+    path = tmp_path / "episodes.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    FakeEnv.resets = []
+    assert run(tmp_path, *flags, "--resume") == whole
+    assert FakeEnv.resets == [("lift", 1_000_002)]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_an_episode_does_not_depend_on_those_before_it(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "last.pt")
+    for what in (checkpoint, "random"):
+        name = what[-4:]
+        one = run(tmp_path / f"one{name}", "--checkpoint", what, "--tasks", "push,lift", "--no-controls", "--episodes",
+                  "4")
+        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--seed", "2", "--no-controls",
+                    "--episodes", "2")
+        (a,), (b,) = one["arms"].values(), other["arms"].values()
+        assert a["tasks"]["lift"]["episodes"][2:] == b["tasks"]["lift"]["episodes"]
+
+
+def test_results_are_never_mixed_or_overwritten_unasked(tmp_path):
+    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2", "--no-controls")
+    out = tmp_path / "out"
+    run(out, *flags)
+    with pytest.raises(InputError, match="--resume.*--overwrite"):
+        run(out, *flags)
+    with pytest.raises(InputError, match="made with execute None, now it is 2"):
+        run(out, *flags, "--resume", "--execute", "2")
+    with pytest.raises(InputError, match="made with spread"):
+        run(out, *flags, "--resume", "--spread", "0.25")
+    write_checkpoint(tmp_path / "last.pt", seed=1)         # trained again under the same name
+    with pytest.raises(InputError, match="is of checkpoint"):
+        run(out, *flags, "--resume")
+    assert run(out, *flags, "--overwrite")
+    (out / "episodes.jsonl").write_text("not an episode\n")
+    with pytest.raises(InputError, match="line 1 is no episode"):
+        run(out, *flags, "--resume")
+
+
+# ---- the rollout -----------------------------------------------------------------------------------------------------
+
+
+def counting_policy(asked, n=4):
+    """Answers with a chunk that says when it was asked: action k of a chunk asked at step t is t + k / 10."""
+    def policy_fn(obs):
+        asked.append(obs["t"])
+        return obs["t"] + np.arange(n)[:, None] / 10 * np.ones(7)
+    return policy_fn
+
+
+class Recorder:
+    max_steps = 7
+
+    def reset(self, task, seed):
+        self.done_actions = []
+        return {"t": 0}
+
+    def step(self, action):
+        self.done_actions.append(action[0])
+        return {"t": len(self.done_actions)}, False, False
+
+
+def test_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
+    env, asked = Recorder(), []
+    success, steps = evaluate.rollout(env, counting_policy(asked), ActionChunker(4, execute=3), "push", 1)
+    assert asked == [0, 3, 6] and (success, steps) == (False, 7)
+    assert np.allclose(env.done_actions, [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
+
+
+def test_temporal_ensembling_online_is_the_average_one_would_compute_offline():
+    env, asked = Recorder(), []
+    chunker = ActionChunker(4, decay=0.3)
+    for _ in range(2):                                     # a second episode starts with no chunk left over
+        evaluate.rollout(env, counting_policy(asked), chunker, "push", 1)
+    expected = []
+    for now in range(7):
+        live = [(t + (now - t) / 10) for t in range(now + 1) if now - t < 4]          # what each chunk says about now
+        weights = np.exp(-0.3 * np.arange(len(live)))
+        expected.append(np.dot(weights, live) / weights.sum())
+    assert asked == [*range(7), *range(7)]
+    assert np.allclose(env.done_actions, expected)
+
+
+def test_rollout_stops_at_success_and_at_max_steps(bench):
+    env = FakeEnv((), 16, 1.0)
+    for most in (None, 3):
+        policy_fn = evaluate.make_control("expert", bench).policy_for(env, "push", 5)
+        success, steps = evaluate.rollout(env, policy_fn, ActionChunker(1, 1), "push", 5, most)
+        assert (success, steps) == ((True, env.steps) if most is None else (False, 3))
+        assert env.steps == steps
+
+
+def test_the_policy_sees_pictures_as_the_dataset_stores_them(tmp_path):
+    policy, _ = evaluate.load_policy(write_checkpoint(tmp_path / "last.pt"))
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    obs = {"images": {"front": picture[::-1], "side": picture}, "proprio": np.arange(7.0)}      # negative stride
+    batch = evaluate.to_batch(obs, np.ones(512, np.float32), policy, "cpu")
+    assert list(batch["images"]) == ["front"]
+    assert np.array_equal(batch["images"]["front"][0], picture[::-1].transpose(2, 0, 1))
+    assert batch["proprio"].shape == (1, 7) and batch["proprio"].dtype == torch.float32
+    with pytest.raises(InputError, match="cameras"):
+        policy.act(evaluate.to_batch({**obs, "images": {"side": picture}}, np.ones(512, np.float32), policy, "cpu"))
+
+
+# ---- what is evaluated, on which starts ------------------------------------------------------------------------------
+
+
+def test_tasks_and_spread_come_from_the_checkpoint_unless_flags_say_otherwise(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "last.pt", extra={"spread": 0.5})
+    flags = ("--checkpoint", checkpoint, "--episodes", "2")
+    results = run(tmp_path / "a", *flags)
+    assert all(list(arm["tasks"]) == ["push", "lift"] for arm in results["arms"].values())
+    assert results["settings"]["spread"] == 0.5 and len(results["arms"]) == 3
+    results = run(tmp_path / "b", *flags, "--tasks", "pull", "--spread", "1", "--no-controls")
+    assert results["settings"]["spread"] == 1 and len(results["arms"]) == 1
+    assert "not trained on the instruction of pull" in capsys.readouterr().out
+
+
+def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
+    good = write_checkpoint(tmp_path / "good.pt")
+    latent = write_checkpoint(tmp_path / "latent.pt", head="latent")
+    foreign = write_checkpoint(tmp_path / "foreign.pt", instructions=["open the drawer"])
+    broken = torch.load(good, weights_only=True)
+    broken["policy"]["action_token"][0] = torch.nan
+    save_checkpoint(tmp_path / "broken.pt", broken)
+    for flags, message in ((("--checkpoint", latent), "finetune it first"), (("--checkpoint", foreign), "--tasks"),
+                           (("--checkpoint", str(tmp_path / "broken.pt")), "NaN"),
+                           (("--checkpoint", good, "--seed", "-1"), "training starts"),
+                           (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
+                           (("--checkpoint", good, "--execute", "5"), "1 to 4"),
+                           (("--checkpoint", good, "--max-steps", "21"), "1 to 20"),
+                           (("--checkpoint", good, "--compare", good), "another checkpoint"),
+                           (("--checkpoint", str(tmp_path / "absent.pt")), "no checkpoint at")):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists() and not FakeEnv.resets
+
+
+def test_smoke_is_a_preset_and_explicit_flags_win():
+    assert evaluate.arguments(["--smoke"]).episodes == evaluate.SMOKE["episodes"]
+    assert evaluate.arguments(["--smoke", "--episodes", "7"]).episodes == 7
+
+
+def test_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
+    results = run(tmp_path, "--checkpoint", "random", "--tasks", "push", "--episodes", "3", "--video", "2")
+    films = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    episodes = results["arms"]["random"]["tasks"]["push"]["episodes"][:2]
+    assert films == [f"push_{e['seed']}_{'success' if e['success'] else 'failure'}.mp4" for e in episodes]
+    video = cv2.VideoCapture(str(tmp_path / "videos" / films[0]))
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == episodes[0]["steps"] + 1 + 10            # the end stands still
+    assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, n, low, high", [
+    (10, 10, 69.2, 100), (94, 100, 87.4, 97.8), (99, 100, 94.6, 100), (389, 400, 95.1, 98.6), (823, 900, 89.4, 93.2),
+    (475, 500, 92.7, 96.7), (1945, 2000, 96.4, 97.9)])
+def test_exact_intervals_are_the_published_ones(k, n, low, high):
+    interval = evaluate.rate_with_intervals(k, n)["clopper_pearson"]
+    assert np.allclose(np.multiply(interval, 100), [low, high], atol=0.06)
+
+
+def test_wilson_interval_is_the_closed_form():
+    k, n, z = 7, 30, 1.959964
+    centre, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
+    assert np.allclose(evaluate.rate_with_intervals(k, n)["wilson"], [centre - half, centre + half])
+
+
+def test_mcnemar_counts_only_pairs_that_differ():
+    ours = [True] * 10 + [False] * 2 + [True] * 15 + [False] * 3
+    other = [False] * 10 + [True] * 2 + [True] * 15 + [False] * 3
+    test = evaluate.mcnemar(ours, other)
+    assert (test["only_ours"], test["only_other"], test["both"], test["neither"]) == (10, 2, 15, 3)
+    assert test["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)              # two-sided sign test of 2 in 12
+    assert test["difference"] == pytest.approx(8 / 30)
+    assert evaluate.mcnemar([True] * 5, [True] * 5)["p_value"] == 1
+
+
+def test_detectable_difference_is_found_four_times_in_five():
+    n, discordant = 150, 45
+    least = evaluate.detectable_difference(n, discordant)
+    rng = np.random.default_rng(0)
+    power = []
+    for difference in (least, least - 2 / n):
+        share = discordant / n
+        pairs = rng.multinomial(n, [(share + difference) / 2, (share - difference) / 2, 1 - share], 2000)
+        table = {(a, b): binomtest(a, a + b).pvalue < 0.05 for a, b in {(int(a), int(b)) for a, b, _ in pairs}}
+        power.append(np.mean([table[int(a), int(b)] for a, b, _ in pairs]))
+    assert 0.78 < power[0] and power[1] < 0.8
+    assert evaluate.detectable_difference(5, 2) is None    # five pairs that all go one way still have p = 0.06
+
+
+def test_two_policies_meet_on_the_same_starts(tmp_path):
+    one, two = (write_checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (0, 1))
+    results = run(tmp_path / "out", "--checkpoint", one, "--compare", two, "--episodes", "6")
+    assert len(results["arms"]) == 4 and results["comparison"]["n"] == 12
+    starts = [[e["seed"] for e in arm["tasks"]["lift"]["episodes"]] for arm in results["arms"].values()]
+    assert all(s == list(range(1_000_000, 1_000_006)) for s in starts)
+    ours, other = [[e["success"] for t in arm["tasks"].values() for e in t["episodes"]]
+                   for arm in list(results["arms"].values())[:2]]
+    assert results["comparison"] | evaluate.mcnemar(ours, other) == results["comparison"]
+
+
+# ---- the twin itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
+def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
+    twin = evaluate.ENVIRONMENTS["twin"]
+    instruction = twin.tasks["stack_cups"].instruction
+    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt", instructions=[instruction]), twin, "cpu")
+    env, film, chunker = twin.make(arm.cameras, arm.image_size, 0.5), evaluate.Film(twin, 0.5, [], 64), ActionChunker(4)
+    film.start("stack_cups", 1_000_000)
+
+    def actions(on_action=None):
+        done = []
+        evaluate.rollout(env, arm.policy_for(env, "stack_cups", 1_000_000), chunker, "stack_cups", 1_000_000, 12,
+                         lambda action: (done.append(action), on_action and on_action(action)))
+        return np.array(done)
+
+    first = actions()
+    evaluate.rollout(env, arm.policy_for(env, "cup_in_bowl", 7), chunker, "cup_in_bowl", 7, 5)
+    again = actions(film)
+    assert np.array_equal(first, again) and np.ptp(first[:, 0]) > 0
+    film.write(tmp_path, "stack_cups", 1_000_000, instruction, False)
+    assert len(film.frames) == 13 and (tmp_path / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
+    env.close()
+    film.env.close()
