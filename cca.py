@@ -1,26 +1,26 @@
 """Do latent actions line up with true ones? Canonical correlation analysis (Sec. IV, Q4).
 
-    python cca.py                                        # runs/pretrain/last.pt on data/robot: z_t against a_t
-    python cca.py --steps chunk                          # all n latent actions of a chunk against all n true ones
-    python cca.py --smoke                                # few windows, to see that everything runs
+    python cca.py                                # runs/pretrain/last.pt on data/robot: z_t against a_t
+    python cca.py --steps chunk                  # all n latent actions of a chunk against all n true ones
+    python cca.py --smoke                        # few windows, to see that everything runs
 
 Latent actions z of the pretrained policy, which has seen no action, against the true actions a of labelled
-demonstrations. CCA finds pairs of directions, one in each space, whose projections correlate most; every further
-pair is uncorrelated with those before it:
+demonstrations. CCA finds pairs of directions, one in each space, whose projections correlate most; every
+further pair is uncorrelated with those before it:
 
-    rho_i = max corr(A_i^T z, B_i^T a)    solved by the SVD of  S_zz^-1/2 S_za S_aa^-1/2             (Eq. 8, 9)
+    rho_i = max corr(A_i^T z, B_i^T a)    solved by the SVD of  S_zz^-1/2 S_za S_aa^-1/2         (Eq. 8, 9)
 
-Directions are fitted on the training episodes; what is reported are correlations on held-out episodes. Two warnings:
+Directions are fitted on the training episodes, correlations reported on held-out ones. Two warnings:
 
-1. In sample, CCA of many columns is inflated: 70 latent and 70 action columns correlate in any sample of a few
-   hundred rows, whatever they mean. The in-sample figures stand apart and are marked.
-2. Latent actions are a function of the picture and the instruction, and so is what an expert does: ANY function of
-   the picture correlates with the actions, also a randomly initialised policy's output. Only the gain over it says
-   anything.
+1. In sample, CCA of many columns is inflated: 70 latent and 70 action columns correlate in any sample of a
+   few hundred rows, whatever they mean. The in-sample figures stand apart and are marked.
+2. Latent actions are a function of the picture and the instruction, and so is what an expert does: ANY
+   function of the picture correlates with the actions, also a randomly initialised policy's output. Only the
+   gain over it says anything.
 
-Baselines in the same table: policies with random weights, training rows with shuffled actions, and the time in the
-episode. Beside them the held-out R2 of a linear probe. Writes cca.json and cca.png under --out. Measured for the tiny
-policy (64 pixels): 30 s on one core.
+Baselines in the same table: policies with random weights, training rows with shuffled actions, and the time
+in the episode. Beside them the held-out R2 of a linear probe. Writes cca.json and cca.png under --out.
+Measured for the tiny policy (64 pixels): 30 s on one core.
 """
 import argparse
 import json
@@ -40,7 +40,7 @@ from prepare_data import EpisodeDataset
 SMOKE = dict(max_windows=200, bootstrap=50, random_policies=1)
 
 
-# ---- canonical correlations ------------------------------------------------------------------------------------------
+# ---- canonical correlations ------------------------------------------------------------------------------
 
 
 def inverse_root(S):
@@ -50,21 +50,21 @@ def inverse_root(S):
 
 
 def cca_fit(X, Y, ridge=1e-3):
-    """Canonical directions of X (N, dx) and Y (N, dy) -> A (dx, r), B (dy, r), (mean of X, mean of Y); r = min(dx, dy).
+    """Canonical directions of X (N, dx), Y (N, dy) -> A (dx, r), B (dy, r), (means of X, Y); r = min(dx, dy).
 
-    corr((X - mx) A_i, (Y - my) B_i) falls with i. ridge is added to the variances of the standardised columns, hence it
-    has no unit. No column may be constant.
+    corr((X - mx) A_i, (Y - my) B_i) falls with i. ridge is added to the variances of the standardised
+    columns, hence it has no unit. No column may be constant.
     """
     (mx, sx), (my, sy) = ((v.mean(0), v.std(0)) for v in (X, Y))
     x, y = (X - mx) / sx, (Y - my) / sy
     white_x = inverse_root(x.T @ x / len(x) + ridge * np.eye(x.shape[1]))
     white_y = inverse_root(y.T @ y / len(y) + ridge * np.eye(y.shape[1]))
-    u, _, vt = np.linalg.svd(white_x @ (x.T @ y / len(x)) @ white_y, full_matrices=False)            # (Eq. 8, 9)
+    u, _, vt = np.linalg.svd(white_x @ (x.T @ y / len(x)) @ white_y, full_matrices=False)         # (Eq. 8, 9)
     return (white_x @ u) / sx[:, None], (white_y @ vt.T) / sy[:, None], (mx, my)
 
 
 def episode_sums(u, v, episode):
-    """Projections u, v (N, r), episode of each row (N,) -> (E, 6, r): all that a correlation needs of an episode."""
+    """Projections u, v (N, r), episode of each row (N,) -> (E, 6, r): what a correlation needs of it."""
     _, index = np.unique(episode, return_inverse=True)
     parts = np.stack([np.ones_like(u), u, v, u * u, v * v, u * v], 1)                 # (N, 6, r)
     sums = np.zeros((index.max() + 1, *parts.shape[1:]))
@@ -80,31 +80,31 @@ def correlation(sums):
 
 
 def cca_correlations(X, Y, A, B, means):
-    """Correlations (r,) of rows X (N, dx), Y (N, dy) along directions that cca_fit found, on these or on other rows."""
+    """Correlations (r,) of rows X (N, dx), Y (N, dy), fitted on or not, along directions of cca_fit."""
     return correlation(episode_sums((X - means[0]) @ A, (Y - means[1]) @ B, np.zeros(len(X))).sum(0))
 
 
 def resampled_correlations(X, Y, A, B, means, episode, weights):
     """The same with whole episodes resampled: weights (resamples, E) -> (resamples, r).
 
-    Episodes, not rows: the rows of one episode are so alike that resampling them would make intervals far too narrow.
+    Episodes, not rows: rows of one episode are so alike that resampling them makes intervals far too narrow.
     """
     sums = episode_sums((X - means[0]) @ A, (Y - means[1]) @ B, episode)              # (E, 6, r)
     return correlation(np.einsum("se,ekr->skr", weights, sums))
 
 
 def varying(X):
-    """Which columns of X (N, d) are not constant -> (d,) bool. A constant has no correlation with anything."""
+    """Which columns of X (N, d) are not constant -> (d,) bool. A constant correlates with nothing."""
     return X.std(0) > 1e-6
 
 
-# ---- latent actions of the data --------------------------------------------------------------------------------------
+# ---- latent actions of the data --------------------------------------------------------------------------
 
 
 def estimate_latent_statistics(policies, data, rows, device):
     """Measure the statistics of the BatchNorms before the tanh, for policies that have never been trained.
 
-    With initial statistics (mean 0, variance 1) a random policy's tanh would see unscaled numbers and be a straw man.
+    With initial statistics (mean 0, variance 1) a random policy's tanh sees unscaled numbers: a straw man.
     """
     norms = [m for policy in policies for m in policy.modules() if isinstance(m, nn.BatchNorm1d)]
     for norm in norms:
@@ -121,7 +121,7 @@ def estimate_latent_statistics(policies, data, rows, device):
 
 @torch.no_grad()
 def collect(policies, data, rows, device, steps, title):
-    """-> per policy latent actions (N, Z or n*Z), true actions (N, 7 or n*7), episode (N,), time in it (N, 3)."""
+    """-> per policy latent actions (N, Z or n*Z), true actions (N, 7 or n*7), episode (N,), time (N, 3)."""
     latents, actions, episode, t = [[] for _ in policies], [], [], []
     loader = DataLoader(Subset(data, rows), batch_size=64)
     for batch in tqdm(loader, title, unit="batch", leave=False, dynamic_ncols=True):
@@ -143,25 +143,27 @@ def spaced_rows(data, most):
     return np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)).tolist()
 
 
-# ---- the analysis ----------------------------------------------------------------------------------------------------
+# ---- the analysis ----------------------------------------------------------------------------------------
 
 
 def analyse(X, Y, held_out_X, held_out_Y, episode, ridge, weights):
-    """Fit on X (N, dx), Y (N, dy), report on the held-out rows -> correlations (dy,), their resamples, probe R2.
+    """Fit on X (N, dx), Y (N, dy), report on held-out rows -> correlations (dy,), their resamples, probe R2.
 
-    Constant columns of X are dropped; a component that does not exist for want of columns counts as correlation 0.
+    Constant columns of X are dropped; a component missing for want of columns counts as correlation 0.
     """
     kept, missing = varying(X), [(0, 0), (0, max(0, Y.shape[1] - int(varying(X).sum())))]
     if not kept.any():
-        raise InputError("the latent actions are constant: the policy has collapsed (z_std is 0); pretrain it again")
+        raise InputError("the latent actions are constant: the policy has collapsed (z_std is 0); "
+                         "pretrain it again")
     if len(X) <= kept.sum() + Y.shape[1] or len(held_out_X) < 2:
-        raise InputError(f"{len(X)} training and {len(held_out_X)} held-out windows are too few for {kept.sum()} + "
-                         f"{Y.shape[1]} dimensions: raise --max-windows, or give more data")
+        raise InputError(f"{len(X)} training and {len(held_out_X)} held-out windows are too few for "
+                         f"{kept.sum()} + {Y.shape[1]} dimensions: raise --max-windows, or give more data")
     X, held_out_X = X[:, kept], held_out_X[:, kept]
     fit = cca_fit(X, Y, ridge)
     return {"held_out": np.pad(cca_correlations(held_out_X, held_out_Y, *fit), missing[1]),
             "in_sample": np.pad(cca_correlations(X, Y, *fit), missing[1]),
-            "resampled": np.pad(resampled_correlations(held_out_X, held_out_Y, *fit, episode, weights), missing),
+            "resampled": np.pad(resampled_correlations(held_out_X, held_out_Y, *fit, episode, weights),
+                                missing),
             "probe_r2": float(np.nanmean(probe_r2(X, Y, held_out_X, held_out_Y))),
             "constant_latents": np.flatnonzero(~kept).tolist()}
 
@@ -172,12 +174,14 @@ def interval(samples):
 
 
 def summarise(pretrained, randoms, shuffled, time):
-    """Everything as plain data. The gain is pretrained minus random on the same resampled episodes, each time minus
-    another one of the random policies: what one of them gets by luck is inside the interval."""
-    mean_random = {k: np.mean([r[k] for r in randoms], 0) for k in ("held_out", "in_sample", "resampled", "probe_r2")}
+    """Everything as plain data. The gain is pretrained minus random on the same resampled episodes, each time
+    minus another one of the random policies: what one of them gets by luck is inside the interval."""
+    mean_random = {k: np.mean([r[k] for r in randoms], 0)
+                   for k in ("held_out", "in_sample", "resampled", "probe_r2")}
     per_policy = np.array([r["held_out"] for r in randoms])                           # (policies, r)
-    gain = pretrained["resampled"] - np.stack([randoms[k % len(randoms)]["resampled"][k]
-                                               for k in range(len(pretrained["resampled"]))])    # (resamples, r)
+    gain = pretrained["resampled"] - np.stack([
+        randoms[k % len(randoms)]["resampled"][k]
+        for k in range(len(pretrained["resampled"]))])                                # (resamples, r)
 
     def plain(a):
         return {"held_out": a["held_out"].tolist(), "held_out_interval": interval(a["resampled"]),
@@ -221,14 +225,16 @@ def draw(r, path, title, shown=10):
     count = min(shown, len(r["pretrained"]["held_out"]))
     figure = Figure(figsize=(1.6 + 0.9 * count, 3.6), layout="constrained")
     axes, x = figure.subplots(), np.arange(count)
-    bars = (("pretrained", "#0072B2", "pretrained (bars: 95 % over episodes)", r["pretrained"]["held_out_interval"]),
+    bars = (("pretrained", "#0072B2", "pretrained (bars: 95 % over episodes)",   # Okabe and Ito's colours
+             r["pretrained"]["held_out_interval"]),
             ("random", "#E69F00", f"random weights (mean and range of {r['random']['policies']})",
              list(zip(r["random"]["low"], r["random"]["high"]))),
-            ("shuffled", "#999999", "shuffled actions", r["shuffled"]["held_out_interval"]))   # Okabe and Ito's colours
+            ("shuffled", "#999999", "shuffled actions", r["shuffled"]["held_out_interval"]))
     for k, (name, colour, label, ends) in enumerate(bars):
         height, ends = np.array(r[name]["held_out"])[:count], np.array(ends)[:count]
         error = np.clip([height - ends[:, 0], ends[:, 1] - height], 0, None)
-        axes.bar(x + 0.27 * (k - 1), height, 0.25, yerr=error, color=colour, label=label, capsize=2, error_kw={"lw": 1})
+        axes.bar(x + 0.27 * (k - 1), height, 0.25, yerr=error, color=colour, label=label, capsize=2,
+                 error_kw={"lw": 1})
     axes.axhline(0, color="black", lw=0.8)
     axes.set(xticks=x, xticklabels=x + 1, xlabel="canonical component (number)", title=title,
              ylabel="held-out correlation (no unit)", ylim=(min(-0.1, axes.get_ylim()[0]), 1))
@@ -237,28 +243,33 @@ def draw(r, path, title, shown=10):
     figure.savefig(path, dpi=150)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------------------
 
 
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what")
-    g.add_argument("--checkpoint", default="runs/pretrain/last.pt", help="pretrained policy (default %(default)s)")
+    g.add_argument("--checkpoint", default="runs/pretrain/last.pt",
+                   help="pretrained policy (default %(default)s)")
     g.add_argument("--data", default="data/robot", help="labelled demonstrations (default %(default)s)")
     g.add_argument("--steps", choices=("first", "chunk"), default="first",
                    help="z_t against a_t, or whole chunks: n*Z against n*7 columns (default %(default)s)")
     g = p.add_argument_group("analysis")
-    g.add_argument("--ridge", type=float, default=1e-3,
-                   help="added to the variances of the standardised columns, no unit; 0 = off (default %(default)s)")
-    g.add_argument("--max-windows", type=int, default=2000, help="per split, evenly spaced (default %(default)s)")
-    g.add_argument("--random-policies", type=int, default=5, help="randomly initialised policies (default %(default)s)")
-    g.add_argument("--bootstrap", type=int, default=500, help="resamples of held-out episodes (default %(default)s)")
+    g.add_argument("--ridge", type=float, default=1e-3, help="added to the variances of the standardised "
+                   "columns, no unit; 0 = off (default %(default)s)")
+    g.add_argument("--max-windows", type=int, default=2000,
+                   help="per split, evenly spaced (default %(default)s)")
+    g.add_argument("--random-policies", type=int, default=5,
+                   help="randomly initialised policies (default %(default)s)")
+    g.add_argument("--bootstrap", type=int, default=500,
+                   help="resamples of held-out episodes (default %(default)s)")
     g = p.add_argument_group("run")
     g.add_argument("--out", help="folder for cca.json and cca.png (default: cca beside the checkpoint)")
     g.add_argument("--overwrite", action="store_true", help="replace the result that stands in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; other flags still win")
     g.add_argument("--seed", type=int, default=0, help="of everything random here (default %(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="default %(default)s")
     g.add_argument("--threads", type=int, default=1, help="torch CPU threads (default %(default)s)")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
@@ -281,13 +292,14 @@ def open_data(args, policy, checkpoint):
     if len(whole.cameras) < len(policy.cameras):
         raise InputError(f"{args.checkpoint} looks through {len(policy.cameras)} cameras, {args.data} has "
                          f"{len(whole.cameras)}")
-    # Cameras go by position: the policy's names are those of the videos it was pretrained on, and camera 0 is the main
-    # view in every dataset, whatever it is called there.
+    # Cameras go by position: the policy's names are those of the videos it was pretrained on, and camera 0 is
+    # the main view in every dataset, whatever it is called there.
     cameras = whole.cameras[:len(policy.cameras)]
-    splits = [EpisodeDataset(args.data, policy.chunk, cameras, split=s, text_encoder=name) for s in ("train", "val")]
+    splits = [EpisodeDataset(args.data, policy.chunk, cameras, split=s, text_encoder=name)
+              for s in ("train", "val")]
     if min(d.num_episodes for d in splits) < 2:
-        raise InputError(f"{args.data} has {splits[0].num_episodes} training and {splits[1].num_episodes} held-out "
-                         "episodes: 2 of each are the least, 20 episodes in all give that")
+        raise InputError(f"{args.data} has {splits[0].num_episodes} training and {splits[1].num_episodes} "
+                         "held-out episodes: 2 of each are the least, 20 episodes in all give that")
     return splits
 
 
@@ -314,14 +326,16 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     out = Path(args.out or Path(args.checkpoint).parent / "cca")
     if (out / "cca.json").exists() and not args.overwrite:
-        raise InputError(f"{out} already holds a result: --overwrite replaces it, --out puts this one elsewhere")
+        raise InputError(f"{out} already holds a result: --overwrite replaces it, --out puts this one "
+                         "elsewhere")
 
     # ---- latent and true actions ----
     policies, checkpoint = load_policies(args)
     data = open_data(args, policies[0], checkpoint)
     for policy in policies:
         policy.cameras = data[0].cameras
-    estimate_latent_statistics(policies[1:], data[0], spaced_rows(data[0], min(512, args.max_windows)), args.device)
+    estimate_latent_statistics(policies[1:], data[0], spaced_rows(data[0], min(512, args.max_windows)),
+                               args.device)
     (Xs, Y, _, time), (held_out_Xs, held_out_Y, episode, held_out_time) = (
         collect(policies, d, spaced_rows(d, args.max_windows), args.device, args.steps, title)
         for d, title in zip(data, ("training episodes", "held-out episodes")))
@@ -341,8 +355,8 @@ def main(argv=None):
     print(f"policy       {args.checkpoint}, step {checkpoint['step']:,}\n"
           f"dimensions   {Xs[0].shape[1]} latent, {Y.shape[1]} action"
           + (f"; constant and left out: {', '.join(dropped)}" if dropped else "")
-          + f"\ndata         {args.data}: fitted on {data[0].num_episodes} episodes ({len(Y):,} windows), reported on "
-          f"{episodes} held-out episodes ({len(held_out_Y):,})\n")
+          + f"\ndata         {args.data}: fitted on {data[0].num_episodes} episodes ({len(Y):,} windows), "
+          f"reported on {episodes} held-out episodes ({len(held_out_Y):,})\n")
     print_table(result)
 
     # ---- files ----

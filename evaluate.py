@@ -1,25 +1,26 @@
 """Success rates (Sec. IV): a finetuned policy on the table-top twin, beside controls from the same starts.
 
-    python evaluate.py                                           # runs/finetune/last.pt, 30 episodes per task
-    python evaluate.py --compare runs/scratch/last.pt            # both from the same starts, McNemar's exact test
-    python evaluate.py --checkpoint expert --tasks stack_cups    # the scripted expert: what can be reached at all
-    python evaluate.py --resume                                  # go on where a stopped run stood, same result
-    python evaluate.py --video 3                                 # mp4 of the first 3 episodes of every task
-    python evaluate.py --smoke                                   # two short episodes per task
+    python evaluate.py                                         # runs/finetune/last.pt, 30 episodes per task
+    python evaluate.py --compare runs/scratch/last.pt          # from the same starts, McNemar's exact test
+    python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: what can be reached
+    python evaluate.py --resume                                # go on where a stopped run stood, same result
+    python evaluate.py --video 3                               # mp4 of the first 3 episodes of every task
+    python evaluate.py --smoke                                 # two short episodes per task
 
-Every episode starts from a seed that no training episode has. Success of the same (policy, task, seed) is the same
-in any order and in any process, so two policies meet on equal terms. Writes, under --out:
+Every episode starts from a seed that no training episode has. Success of the same (policy, task, seed) is the
+same in any order and in any process, so two policies meet on equal terms. Writes, under --out:
 
     episodes.jsonl   one line per finished episode, at once: a stopped run loses at most the episode it was in
-    results.json     successes per task, Wilson and Clopper-Pearson intervals, settings, versions, checkpoint hash
+    results.json     successes per task, Wilson and Clopper-Pearson intervals, settings, versions, file hash
     videos/          task_seed_success.mp4 or task_seed_failure.mp4
 
-What the numbers cannot say: the intervals hold for new starts of *this* checkpoint. Training it again with another
---seed moves its success too; a claim about a method needs several checkpoints. Take the last checkpoint, not the best
-of many on these starts.
+What the numbers cannot say: the intervals hold for new starts of *this* checkpoint. Training it again with
+another --seed moves its success too; a claim about a method needs several checkpoints. Take the last
+checkpoint, not the best of many on these starts.
 
-Measured on one CPU core with the tiny policy (64 pixels, two cameras): 8 ms per look, 10 ms per step of the twin with
-both cameras, 2 ms without. Estimated from that: 150 episodes that all fail 12 minutes, the two controls 3 more.
+Measured on one CPU core with the tiny policy (64 pixels, two cameras): 8 ms per look, 10 ms per step of the
+twin with both cameras, 2 ms without. Estimated from that: 150 episodes that all fail 12 minutes, the two
+controls 3 more.
 """
 import argparse
 import bisect
@@ -44,7 +45,7 @@ from robot import CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, TASKS, Expert, Twi
 SMOKE = dict(episodes=2, max_steps=20, video=1)
 
 
-# ---- environments ----------------------------------------------------------------------------------------------------
+# ---- environments ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ ENVIRONMENTS = {"twin": Benchmark(
     version=f"mujoco {version('mujoco')}")}
 
 
-# ---- arms: what is evaluated -----------------------------------------------------------------------------------------
+# ---- arms: what is evaluated -----------------------------------------------------------------------------
 
 
 @dataclass
 class Arm:
-    """A policy or a control. policy_for(env, task, seed) -> policy_fn(obs) -> chunk (n, 7), fresh for every episode."""
+    """A policy or a control. policy_for(env, task, seed) -> policy_fn(obs) -> chunk (n, 7), per episode."""
     key: str                        # in the files: hash of the checkpoint, or name of the control
     label: str                      # on the screen
     policy_for: Callable
@@ -99,7 +100,7 @@ def make_control(name, bench):
 
         def policy_fn(obs):
             nonlocal script
-            script = script or bench.expert(env, seed)      # at the first look: it plans from the start it finds
+            script = script or bench.expert(env, seed)  # at the first look: it plans from the start it finds
             return script.act()[None]
 
         return policy_fn
@@ -117,7 +118,7 @@ def to_batch(obs, instruction, policy, device):
         return torch.from_numpy(np.ascontiguousarray(x))[None].to(device)
 
     images = {c: tensor(x).permute(0, 3, 1, 2) for c, x in obs["images"].items() if c in policy.cameras}
-    batch = {"images": images, "instruction": tensor(instruction)}                    # (1, 3, H, W) each, (1, L)
+    batch = {"images": images, "instruction": tensor(instruction)}                    # (1, 3, H, W), (1, L)
     if policy.config["proprio_dim"]:
         batch["proprio"] = tensor(np.asarray(obs["proprio"], np.float32))             # (1, P)
     return batch
@@ -132,8 +133,9 @@ def make_arm(what, bench, device):
         raise InputError(f"{what} is pretrained: it emits latent actions; finetune it first: "
                          f"python finetune.py --init {what}")
     if policy.config["action_dim"] != len(bench.still):
-        raise InputError(f"{what} emits {policy.config['action_dim']} numbers per action, the environment takes "
-                         f"{len(bench.still)}: give a checkpoint that was finetuned on this robot's data")
+        raise InputError(f"{what} emits {policy.config['action_dim']} numbers per action, "
+                         f"the environment takes {len(bench.still)}: give a checkpoint that was finetuned on "
+                         "this robot's data")
     embed = TextEncoder(checkpoint["text_encoder"])
 
     def policy_for(env, task, seed):
@@ -144,13 +146,13 @@ def make_arm(what, bench, device):
                policy.config["image_size"], checkpoint)
 
 
-# ---- one episode -----------------------------------------------------------------------------------------------------
+# ---- one episode -----------------------------------------------------------------------------------------
 
 
 def rollout(env, policy_fn, chunker, task, seed, max_steps=None, on_action=None):
-    """One episode: obs -> chunk -> action -> step. The loop of every environment and of the real arm. -> success, steps
+    """One episode: obs -> chunk -> action -> step, in every environment and on the real arm -> success, steps
 
-    policy_fn(obs) -> (n, 7) is asked only when the chunker needs a new chunk, and then always with the newest o_t.
+    policy_fn(obs) -> (n, 7) is asked only when the chunker needs a new chunk, always with the newest o_t.
     """
     chunker.reset()
     obs = env.reset(task, seed)
@@ -165,7 +167,7 @@ def rollout(env, policy_fn, chunker, task, seed, max_steps=None, on_action=None)
 
 
 class Film:
-    """Films an episode larger than the policy sees it: a second environment repeats the actions from the same start."""
+    """Films an episode larger than the policy sees it: a second environment, same start, same actions."""
 
     def __init__(self, bench, spread, seeds, size=256):
         self.bench, self.seeds, self.env = bench, seeds, bench.make(bench.cameras, size, spread)
@@ -175,7 +177,8 @@ class Film:
         self.add(self.env.reset(task, seed))
 
     def add(self, obs):
-        self.frames.append(np.concatenate([obs["images"][c] for c in self.bench.cameras], 1))   # (H, cameras * W, 3)
+        self.frames.append(np.concatenate(
+            [obs["images"][c] for c in self.bench.cameras], 1))                       # (H, cameras * W, 3)
 
     def __call__(self, action):
         obs, _, self.success = self.env.step(action)
@@ -192,29 +195,30 @@ class Film:
         lines = textwrap.wrap(f"{instruction} [{outcome}]", width // 8)
         strip = np.full((16 * len(lines) + 8, width, 3), 255, np.uint8)
         for i, line in enumerate(lines):
-            cv2.putText(strip, line, (6, 16 * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+            cv2.putText(strip, line, (6, 16 * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1,
+                        cv2.LINE_AA)
         codec, size = cv2.VideoWriter_fourcc(*"mp4v"), (width, height + len(strip))
         video = cv2.VideoWriter(str(partial), codec, self.bench.hz, size)
         if not video.isOpened():
             raise InputError(f"OpenCV cannot write {partial}: leave out --video, or choose another --out")
-        for frame in self.frames + self.frames[-1:] * (self.bench.hz // 2):           # the end stands for half a second
+        for frame in self.frames + self.frames[-1:] * (self.bench.hz // 2):           # the end stays 0.5 s
             video.write(np.concatenate([strip, frame[..., ::-1]]))
         video.release()
         os.replace(partial, path)
 
 
-# ---- finished episodes on disk ---------------------------------------------------------------------------------------
+# ---- finished episodes on disk ---------------------------------------------------------------------------
 
 
 def open_results(out, args, settings, keys):
-    """-> {(arm, task, seed): line} of the episodes that stand in out/episodes.jsonl and need not be run again."""
+    """-> {(arm, task, seed): line} of the episodes in out/episodes.jsonl, which need not be run again."""
     path = out / "episodes.jsonl"
     if args.overwrite:
         for old in [path, out / "results.json", *(out / "videos").glob("*.mp4")]:
             old.unlink(missing_ok=True)
     if not args.resume and (path.exists() or (out / "results.json").exists()):
-        raise InputError(f"{out} already holds results: --resume goes on with them, --overwrite throws them away, "
-                         "--out puts these elsewhere")
+        raise InputError(f"{out} already holds results: --resume goes on with them, --overwrite throws them "
+                         "away, --out puts these elsewhere")
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return {}
@@ -232,11 +236,13 @@ def open_results(out, args, settings, keys):
             raise InputError(f"{path} line {number} is no episode: --overwrite, or another --out") from e
         for name, value in settings.items():
             if made_with.get(name) != value:
-                raise InputError(f"{path} line {number} was made with {name} {made_with.get(name)}, now it is {value}: "
-                                 "give the same flags to --resume, or --overwrite, or another --out")
+                raise InputError(f"{path} line {number} was made with {name} {made_with.get(name)}, "
+                                 f"now it is {value}: give the same flags to --resume, or --overwrite, "
+                                 "or another --out")
         if line["arm"] not in (*keys, "noop", "random", "expert"):
-            raise InputError(f"{path} line {number} is of checkpoint {line['arm']}, now it is {', '.join(keys)}: give "
-                             "the same checkpoints to --resume, or --overwrite, or another --out")
+            raise InputError(f"{path} line {number} is of checkpoint {line['arm']}, now it is "
+                             f"{', '.join(keys)}: give the same checkpoints to --resume, or --overwrite, "
+                             "or another --out")
         done[key] = line
     return done
 
@@ -249,7 +255,7 @@ def append_line(path, line):
         os.fsync(f.fileno())
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------
 
 
 def rate_with_intervals(successes, n):
@@ -257,38 +263,40 @@ def rate_with_intervals(successes, n):
     test = binomtest(int(successes), n)
     wilson, exact = (test.proportion_ci(method=m) for m in ("wilson", "exact"))
     return {"successes": int(successes), "n": n, "rate": successes / n,
-            "wilson": [float(wilson.low), float(wilson.high)], "clopper_pearson": [float(exact.low), float(exact.high)]}
+            "wilson": [float(wilson.low), float(wilson.high)],
+            "clopper_pearson": [float(exact.low), float(exact.high)]}
 
 
 def mcnemar(ours, other):
-    """McNemar's exact test of two policies on the same starts: only pairs with different outcomes say anything.
+    """McNemar's exact test of two policies on the same starts: only pairs that end differently say anything.
 
-    ours, other: (n,) bool, same order. -> counts of the four kinds of pairs, two-sided p, difference of the rates, and
-    the smallest difference that n pairs find with 80 % power.
+    ours, other: (n,) bool, same order. -> counts of the four kinds of pairs, two-sided p, difference of the
+    rates, and the smallest difference that n pairs find with 80 % power.
     """
     ours, other = np.asarray(ours, bool), np.asarray(other, bool)
     assert ours.shape == other.shape, f"{len(ours)} episodes cannot be paired with {len(other)}"
     n, better, worse = len(ours), int((ours & ~other).sum()), int((other & ~ours).sum())
     p = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {"n": n, "both": int((ours & other).sum()), "neither": int((~ours & ~other).sum()), "only_ours": better,
-            "only_other": worse, "p_value": float(p), "difference": (better - worse) / n,
+    return {"n": n, "both": int((ours & other).sum()), "neither": int((~ours & ~other).sum()),
+            "only_ours": better, "only_other": worse, "p_value": float(p), "difference": (better - worse) / n,
             "detectable_difference": detectable_difference(n, better + worse)}
 
 
 def detectable_difference(n, discordant):
-    """Smallest difference of two success rates that the exact test at 5 % finds with 80 % power on n starts, or None.
+    """Smallest difference of two rates that the exact test at 5 % finds with 80 % power on n starts, or None.
 
-    The share of starts where the outcomes differ is taken as it was seen (at least the difference itself). The other
-    usual figure, six pairs that all go one way (p = 0.03), is a bound that no real comparison meets: not shown.
+    The share of starts where the outcomes differ is taken as it was seen (at least the difference itself).
+    The other usual figure, six pairs that all go one way (p = 0.03), is a bound that no real comparison
+    meets: not shown.
     """
     pairs = np.arange(n + 1)
-    # Largest count of the rarer outcome that is still significant among `pairs` (-1: none is): 2 P(X <= c) < 0.05.
+    # Largest count of the rarer outcome still significant among `pairs` (-1: none is): 2 P(X <= c) < 0.05.
     critical = binom.ppf(0.025, pairs, 0.5)
     critical = np.where(2 * binom.cdf(critical, pairs, 0.5) < 0.05, critical, critical - 1)
 
     def power(k):                   # for a true difference of k / n
         share = max(discordant, k) / n
-        p = 0.5 + k / n / share / 2                                                   # of a differing pair to be ours
+        p = 0.5 + k / n / share / 2                                         # of a differing pair to be ours
         found = binom.cdf(critical, pairs, p) + binom.cdf(critical, pairs, 1 - p)
         return float((binom.pmf(pairs, n, share) * np.minimum(found, 1)).sum())
 
@@ -307,7 +315,8 @@ def summarise(arm, tasks, seeds, done):
             "episodes": [{k: line[k] for k in ("seed", "success", "steps")} for line in lines]}
     successes = sum(t["successes"] for t in summary["tasks"].values())
     summary["overall"] = rate_with_intervals(successes, len(tasks) * len(seeds))
-    summary["seconds_per_episode"] = float(np.mean([done[arm.key, t, s]["seconds"] for t in tasks for s in seeds]))
+    summary["seconds_per_episode"] = float(np.mean([done[arm.key, t, s]["seconds"]
+                                                    for t in tasks for s in seeds]))
     return summary
 
 
@@ -327,14 +336,16 @@ def table(arms):
 
 def print_comparison(args, c):
     n, least = c["n"], c["detectable_difference"]
-    print(f"\n{args.checkpoint} minus {args.compare}: {100 * c['difference']:+.0f} points on {n} paired starts\n"
-          f"only the first succeeded {c['only_ours']} times, only the second {c['only_other']} times; McNemar's exact "
-          f"p = {c['p_value']:.2g}")
-    print(f"{n} pairs find a true difference of {100 * least:.0f} points with 80 % power, smaller ones less often"
+    print(f"\n{args.checkpoint} minus {args.compare}: {100 * c['difference']:+.0f} points "
+          f"on {n} paired starts\n"
+          f"only the first succeeded {c['only_ours']} times, only the second {c['only_other']} times; "
+          f"McNemar's exact p = {c['p_value']:.2g}")
+    print(f"{n} pairs find a true difference of {100 * least:.0f} points with 80 % power, "
+          "smaller ones less often"
           if least else f"{n} pairs are too few to find any difference with 80 % power")
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------------------
 
 
 def arguments(argv):
@@ -347,29 +358,32 @@ def arguments(argv):
     g.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                    help="also run the do-nothing and the random policy from the same starts (default on)")
     g = p.add_argument_group("starts")
-    g.add_argument("--tasks", help="comma-separated (default: those whose instruction the policy was trained on)")
+    g.add_argument("--tasks",
+                   help="comma-separated (default: those whose instruction the policy was trained on)")
     g.add_argument("--episodes", type=int, default=30,
                    help="per task; paper 10 on each LIBERO task (default %(default)s)")
     g.add_argument("--spread", type=float,
                    help="width of the start regions, 1 = full, 0 = fixed (default: the training data's)")
-    g.add_argument("--seed", type=int, default=0, help="offset of the start seeds, 0 or more (default %(default)s)")
+    g.add_argument("--seed", type=int, default=0,
+                   help="offset of the start seeds, 0 or more (default %(default)s)")
     g.add_argument("--max-steps", type=int,
                    help="control steps per episode (default: the task's own, which is also the most)")
     g = p.add_argument_group("chunk execution")
     g.add_argument("--execute", type=int, metavar="H", help="execute H actions of a chunk, then look again "
                    "(default: look at every step and average the live chunks, temporal ensembling)")
-    g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), i = 0 for the "
-                   "oldest chunk; release 0, a plain mean (default %(default)s)")
+    g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
+                   "i = 0 for the oldest chunk; release 0, a plain mean (default %(default)s)")
     g = p.add_argument_group("run")
     g.add_argument("--video", type=int, default=0, metavar="N",
                    help="film the first N episodes of each task (default %(default)s)")
     g.add_argument("--out", help="results folder (default: eval_<env> beside the checkpoint)")
-    g.add_argument("--resume", action="store_true", help="keep the episodes that stand in OUT, run the others")
+    g.add_argument("--resume", action="store_true",
+                   help="keep the episodes that stand in OUT, run the others")
     g.add_argument("--overwrite", action="store_true", help="throw away the results that stand in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; other flags still win")
-    # CUDA and EGL in one process abort on some drivers, and a batch of one gains little from a GPU: the CPU it is.
+    # CUDA and EGL in one process abort on some drivers, a batch of one gains little from a GPU: hence CPU.
     g.add_argument("--device", default="cpu", help="of the policy (default %(default)s)")
-    # A batch of one keeps one core busy; two threads on two busy cores were 30 times slower (260 against 8 ms a look).
+    # A batch of one keeps one core busy; two threads on two busy cores took 260 ms a look, not 8.
     g.add_argument("--threads", type=int, default=1, help="torch CPU threads (default %(default)s)")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
@@ -380,17 +394,19 @@ def arguments(argv):
 
 def choose_tasks(args, bench, arm):
     """--tasks, or those tasks whose instruction the checkpoint's data has, or all of them for a control."""
-    known = arm.checkpoint["data"]["instructions"] if arm.checkpoint else [t.instruction for t in bench.tasks.values()]
+    known = (arm.checkpoint["data"]["instructions"] if arm.checkpoint
+             else [t.instruction for t in bench.tasks.values()])
     if args.tasks is None:
         tasks = [name for name, task in bench.tasks.items() if task.instruction in known]
         if not tasks:
-            raise InputError(f"{arm.label} was trained on none of this environment's instructions (its first: "
-                             f"{known[:1]}): name --tasks out of {', '.join(bench.tasks)}")
+            raise InputError(f"{arm.label} was trained on none of this environment's instructions (its "
+                             f"first: {known[:1]}): name --tasks out of {', '.join(bench.tasks)}")
         return tasks
     tasks = list(dict.fromkeys(args.tasks.split(",")))
     for name in tasks:
         if name not in bench.tasks:
-            raise InputError(f"unknown task {name!r}: --tasks takes {', '.join(bench.tasks)}, comma-separated")
+            raise InputError(f"unknown task {name!r}: --tasks takes {', '.join(bench.tasks)}, "
+                             "comma-separated")
         if bench.tasks[name].instruction not in known:
             print(f"note         {arm.label} was not trained on the instruction of {name}")
     return tasks
@@ -399,8 +415,8 @@ def choose_tasks(args, bench, arm):
 def check(args, bench, tasks):
     """InputError for starts and lengths that the environment does not have."""
     if args.seed < 0:
-        raise InputError(f"--seed {args.seed} reaches below {bench.first_seed}, where training starts are: give 0 or "
-                         "more")
+        raise InputError(f"--seed {args.seed} reaches below {bench.first_seed}, where training starts are: "
+                         "give 0 or more")
     if args.episodes < 1:
         raise InputError(f"--episodes takes 1 or more, got {args.episodes}")
     for task in tasks:
@@ -420,8 +436,9 @@ def run_episodes(arm, env, film, chunker, bench, tasks, seeds, done, settings, o
         success, steps = rollout(env, policy_fn, chunker, task, seed, settings["max_steps"], watch)
         if watch:
             watch.write(out / "videos", task, seed, bench.tasks[task].instruction, success)
-        done[arm.key, task, seed] = {"arm": arm.key, "task": task, "seed": seed, "success": success, "steps": steps,
-                                     "seconds": round(time.perf_counter() - clock, 3), "settings": settings}
+        done[arm.key, task, seed] = {"arm": arm.key, "task": task, "seed": seed, "success": success,
+                                     "steps": steps, "seconds": round(time.perf_counter() - clock, 3),
+                                     "settings": settings}
         append_line(out / "episodes.jsonl", done[arm.key, task, seed])
         bar.set_postfix_str(f"{arm.label[-30:]} {task} {'success' if success else 'failure'}")
         bar.update()
@@ -434,18 +451,22 @@ def main(argv=None):
     bench = ENVIRONMENTS[args.env]
 
     # ---- arms, starts, settings ----
-    names = dict.fromkeys([args.checkpoint, *[args.compare] * bool(args.compare), *["noop", "random"] * args.controls])
+    names = dict.fromkeys([args.checkpoint, *[args.compare] * bool(args.compare),
+                           *["noop", "random"] * args.controls])
     arms = {arm.key: arm for arm in (make_arm(name, bench, args.device) for name in names)}
     if len(arms) < len(names) or args.compare == args.checkpoint:
-        raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}: name another checkpoint")
+        raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}: name another "
+                         "checkpoint")
     arm = next(iter(arms.values()))
     tasks = choose_tasks(args, bench, arm)
     check(args, bench, tasks)
     seeds = [bench.first_seed + args.seed + i for i in range(args.episodes)]
     trained_spread = ((arm.checkpoint or {}).get("data", {}).get("extra") or {}).get("spread", 1.0)
     settings = {"env": args.env, "spread": trained_spread if args.spread is None else args.spread,
-                "execute": args.execute, "decay": args.decay, "max_steps": args.max_steps, "simulator": bench.version}
-    chunkers = {k: ActionChunker(a.chunk, args.execute if a.chunk > 1 else 1, args.decay) for k, a in arms.items()}
+                "execute": args.execute, "decay": args.decay, "max_steps": args.max_steps,
+                "simulator": bench.version}
+    chunkers = {k: ActionChunker(a.chunk, args.execute if a.chunk > 1 else 1, args.decay)
+                for k, a in arms.items()}
     envs = {k: bench.make(a.cameras, a.image_size, settings["spread"]) for k, a in arms.items()}
     folder = Path(args.checkpoint).parent if arm.checkpoint else Path("runs", args.checkpoint)
     out = Path(args.out or folder / f"eval_{args.env}")
@@ -457,9 +478,11 @@ def main(argv=None):
               + ", ".join(arm.cameras))
     print(f"starts       {len(tasks)} tasks x {len(seeds)}, seeds {seeds[0]:,} to {seeds[-1]:,}, spread "
           f"{settings['spread']:g} (trained with {trained_spread:g})\nexecution    chunks of {arm.chunk}, "
-          + (f"{args.execute} actions per look" if args.execute else f"temporal ensembling, decay {args.decay:g}"))
+          + (f"{args.execute} actions per look" if args.execute
+             else f"temporal ensembling, decay {args.decay:g}"))
     total = [(key, task, seed) for key in arms for task in tasks for seed in seeds]
-    with tqdm(total=len(total), initial=sum(k in done for k in total), unit="episode", dynamic_ncols=True) as bar:
+    with tqdm(total=len(total), initial=sum(k in done for k in total), unit="episode",
+              dynamic_ncols=True) as bar:
         for key, one in arms.items():
             film = Film(bench, settings["spread"], seeds[:args.video]) if args.video and one is arm else None
             run_episodes(one, envs[key], film, chunkers[key], bench, tasks, seeds, done, settings, out, bar)

@@ -1,18 +1,17 @@
 """Stage 2 of LAWM (Sec. III-B): finetune the policy alone on few labelled robot demonstrations.
 
-    python finetune.py                                   # runs/pretrain/last.pt + data/robot -> runs/finetune/last.pt
-    python finetune.py --init scratch --out runs/scratch # the same policy, data and budget, without pretraining
+    python finetune.py                                   # runs/pretrain/last.pt, data/robot -> runs/finetune
+    python finetune.py --init scratch --out runs/scratch # same policy, data and budget, without pretraining
     python finetune.py --smoke                           # a few steps, to see that everything runs
-    python finetune.py --resume                          # go on where a stopped run stood, with the same result
-    python finetune.py --demos-per-task 5                # the low-data regime, where pretraining should matter most
+    python finetune.py --resume                          # go on where a stopped run stood, with same result
+    python finetune.py --demos-per-task 5                # low data, where pretraining should matter most
 
-The world model is thrown away and the policy's last layer is re-initialised (--head reinit, the paper's choice). The
-architecture comes from the checkpoint; further cameras and proprioception are added when the data have them, and what is
-new is printed by name. Writes, under --out: last.pt, metrics.jsonl, TensorBoard events.
+The world model is thrown away and the policy's last layer is re-initialised (--head reinit, the paper's
+choice). The architecture comes from the checkpoint; further cameras and proprioception are added when the
+data have them; what is new is printed by name. Writes last.pt, metrics.jsonl and TensorBoard under --out.
 """
 import argparse
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -21,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, InputError, Log, count, init_from_pretrained, load_checkpoint, make_policy, masked_mean, open_run,
-                    provenance, random_shift, run, save_checkpoint, to_device)
+from models import (POLICIES, InputError, Log, count, init_from_pretrained, load_checkpoint, make_policy,
+                    open_run, provenance, random_shift, run, save_checkpoint, to_device)
 from prepare_data import EpisodeDataset
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6)
@@ -33,79 +32,104 @@ def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", default="data/robot", help="dataset folder with actions (default %(default)s)")
-    g.add_argument("--demos-per-task", type=int, help="use the first N training demonstrations of each task (default all)")
-    g.add_argument("--no-proprio", action="store_true", help="leave proprioception out even where the data have it")
-    g.add_argument("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off (default %(default)s)")
-    g.add_argument("--workers", type=int, default=0, help="loader processes; 4 to 8 on a large machine (default %(default)s)")
+    g.add_argument("--demos-per-task", type=int,
+                   help="use the first N training demonstrations of each task (default all)")
+    g.add_argument("--no-proprio", action="store_true",
+                   help="leave proprioception out even where the data have it")
+    g.add_argument("--shift", type=int, default=4,
+                   help="random shift of each image, pixels; 0 = off (default %(default)s)")
+    g.add_argument("--workers", type=int, default=0,
+                   help="loader processes; 4 to 8 on a large machine (default %(default)s)")
     g = p.add_argument_group("policy")
     g.add_argument("--init", default="runs/pretrain/last.pt",
                    help="checkpoint to start from, or the word scratch (default %(default)s)")
-    g.add_argument("--head", choices=("reinit", "add"), default="reinit",
-                   help="new last layer, or one more layer behind the latent actions; paper reinit (default %(default)s)")
-    g.add_argument("--proprio-dropout", type=float, default=0.3,
-                   help="share of samples that do not see their own pose; 0 = off, release (default %(default)s)")
+    g.add_argument("--head", choices=("reinit", "add"), default="reinit", help="new last layer, or one more "
+                   "layer behind the latent actions; paper reinit (default %(default)s)")
+    g.add_argument("--proprio-dropout", type=float, default=0.3, help="share of samples that do not see "
+                   "their own pose; 0 = off, release (default %(default)s)")
     g = p.add_argument_group("policy, only with --init scratch (else the checkpoint says)")
     g.add_argument("--policy", choices=POLICIES, help=f"default {SCRATCH['policy']}")
     g.add_argument("--policy-size", help=f"tiny or paper (default {SCRATCH['policy_size']})")
-    g.add_argument("--chunk", type=int, help=f"n, actions per chunk; paper 10 for BAKU (default {SCRATCH['chunk']})")
+    g.add_argument("--chunk", type=int,
+                   help=f"n, actions per chunk; paper 10 for BAKU (default {SCRATCH['chunk']})")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=2000, help="optimiser steps (default %(default)s)")
-    g.add_argument("--batch-size", type=int, default=32, help="windows per step; release 256 (default %(default)s)")
+    g.add_argument("--steps", type=int, default=1500, help="optimiser steps (default %(default)s)")
+    g.add_argument("--batch-size", type=int, default=32,
+                   help="windows per step; release 256 (default %(default)s)")
     g.add_argument("--lr", type=float, default=5e-4, help="learning rate; release 1e-4 (default %(default)s)")
-    g.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up; release 1000 (default %(default)s)")
-    g.add_argument("--weight-decay", type=float, default=1e-4, help="AdamW; release 1e-6 (default %(default)s)")
-    g.add_argument("--clip", type=float, default=10.0, help="gradient norm; release 100 (default %(default)s)")
+    g.add_argument("--warmup", type=int, default=50,
+                   help="steps of linear warm-up; release 1000 (default %(default)s)")
+    g.add_argument("--weight-decay", type=float, default=1e-4,
+                   help="AdamW; release 1e-6 (default %(default)s)")
+    g.add_argument("--clip", type=float, default=10.0,
+                   help="gradient norm; release 100 (default %(default)s)")
     g = p.add_argument_group("run")
     g.add_argument("--out", default="runs/finetune", help="run folder (default %(default)s)")
     g.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     g.add_argument("--overwrite", action="store_true", help="throw away what stands in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; other flags still win")
-    g.add_argument("--seed", type=int, default=0, help="everything random follows from it (default %(default)s)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    g.add_argument("--threads", type=int, default=0, help="torch CPU threads; 0 = all cores. On a busy machine 1 is faster")
+    g.add_argument("--seed", type=int, default=0,
+                   help="everything random follows from it (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="default %(default)s")
+    g.add_argument("--threads", type=int, default=0,
+                   help="torch CPU threads; 0 = all cores. On a busy machine 1 is faster")
     g.add_argument("--log-every", type=int, default=50, help="steps (default %(default)s)")
     g.add_argument("--save-every", type=int, default=200, help="steps (default %(default)s)")
     g.add_argument("--eval-every", type=int, default=500, help="steps (default %(default)s)")
-    if "--smoke" in (argv if argv is not None else sys.argv[1:]):
+    if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     assert set(SMOKE) <= set(vars(args)), "SMOKE names a flag that does not exist"
     return args
 
 
-def policy_config(args, data):
-    """Architecture from the checkpoint (or the scratch flags), cameras and proprioception from the data -> config, weights."""
-    head = {"reinit": "action", "add": "add"}[args.head]
-    given = {k: getattr(args, k) for k in SCRATCH if getattr(args, k) is not None}
+def starting_point(args):
+    """What --init names -> pretrained checkpoint, or None for scratch; the chunk length either way."""
+    given = [k for k in SCRATCH if getattr(args, k) is not None]
     if args.init == "scratch":
+        if args.head == "add":
+            raise InputError("--head add puts a layer behind pretrained latent actions: "
+                             "it needs --init CHECKPOINT")
+        return None, args.chunk or SCRATCH["chunk"]
+    if given:
+        raise InputError(f"--{given[0].replace('_', '-')} goes with --init scratch; {args.init} brings its "
+                         "own architecture")
+    checkpoint = load_checkpoint(args.init, args.device)
+    return checkpoint, checkpoint["config"]["chunk"]
+
+
+def policy_config(args, pretrained, data):
+    """Architecture from the checkpoint or the scratch flags, cameras and proprioception from the data."""
+    if pretrained is None:
+        given = {k: getattr(args, k) for k in SCRATCH if getattr(args, k) is not None}
         choice = {**SCRATCH, **given}
         sizes = POLICIES[choice["policy"]].SIZES
         if choice["policy_size"] not in sizes:
-            raise InputError(f"--policy-size of {choice['policy']} is one of {', '.join(sizes)}; got {choice['policy_size']}")
-        if args.head == "add":
-            raise InputError("--head add puts a layer behind pretrained latent actions: it needs --init CHECKPOINT")
+            raise InputError(f"--policy-size of {choice['policy']} is one of {', '.join(sizes)}; "
+                             f"got {choice['policy_size']}")
         config = dict(policy=choice["policy"], chunk=choice["chunk"], latent_dim=7, latent_norm=False,
                       image_size=data.image_size, text_dim=data.text_dim, **sizes[choice["policy_size"]])
-        text_encoder, weights = data.text_encoder, None
+        text_encoder = data.text_encoder
     else:
-        if given:
-            raise InputError(f"--{next(iter(given)).replace('_', '-')} goes with --init scratch; {args.init} brings its own architecture")
-        checkpoint = load_checkpoint(args.init, args.device)
-        config, text_encoder, weights = dict(checkpoint["config"]), checkpoint["text_encoder"], checkpoint["policy"]
+        config, text_encoder = dict(pretrained["config"]), pretrained["text_encoder"]
     if text_encoder != data.text_encoder:
-        raise InputError(f"{args.init} was pretrained with --text-encoder {text_encoder}, {args.data} was embedded with "
-                         f"{data.text_encoder}: python prepare_data.py embed --data {args.data} --text-encoder {text_encoder}")
+        raise InputError(f"{args.init} was pretrained with --text-encoder {text_encoder}, "
+                         f"{args.data} was embedded with {data.text_encoder}: python prepare_data.py embed "
+                         f"--data {args.data} --text-encoder {text_encoder}")
     if config["image_size"] != data.image_size:
-        raise InputError(f"{args.init} was trained on {config['image_size']}-pixel images, {args.data} has {data.image_size}: "
-                         f"prepare the data with --image-size {config['image_size']}")
-    config.update(cameras=data.cameras, head=head, action_dim=data.action_dim,
-                  proprio_dim=None if args.no_proprio else data.proprio_dim, proprio_dropout=args.proprio_dropout)
-    return config, weights
+        raise InputError(f"{args.init} was trained on {config['image_size']}-pixel images, "
+                         f"{args.data} has {data.image_size}: prepare the data with --image-size "
+                         f"{config['image_size']}")
+    config.update(cameras=data.cameras, head={"reinit": "action", "add": "add"}[args.head],
+                  action_dim=data.action_dim, proprio_dim=None if args.no_proprio else data.proprio_dim,
+                  proprio_dropout=args.proprio_dropout)
+    return config
 
 
 @torch.no_grad()
 def validate(policy, data, device, windows=512):
-    """Mean absolute error of the predicted actions on held-out episodes, in the data's units, per action dimension (A,)."""
+    """Mean absolute error of the actions on held-out episodes, in the data's units, per dimension (A,)."""
     rows = np.unique(np.linspace(0, len(data) - 1, windows).astype(int))
     errors, valid = 0, 0
     for batch in DataLoader(Subset(data, rows), batch_size=128):
@@ -116,69 +140,78 @@ def validate(policy, data, device, windows=512):
     return errors / valid
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = arguments(argv)
     out = Path(args.out)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "device", "threads", "workers", "log_every",
-                                      "save_every", "eval_every"})
+    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "device", "threads", "workers",
+                                      "log_every", "save_every", "eval_every"})
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
 
     # ---- data ----
-    chunk = load_checkpoint(args.init)["config"]["chunk"] if args.init != "scratch" else args.chunk or SCRATCH["chunk"]
+    pretrained, chunk = starting_point(args)
     train = EpisodeDataset(args.data, chunk, split="train", demos_per_task=args.demos_per_task)
     held_out = EpisodeDataset(args.data, chunk, split="val")
     if train.action_dim is None:
-        raise InputError(f"{args.data} holds video only: finetuning needs actions (python prepare_data.py sim makes some)")
+        raise InputError(f"{args.data} holds video only: finetuning needs actions (python prepare_data.py "
+                         "sim makes some)")
 
     # ---- policy ----
-    config, weights = policy_config(args, train)
+    config = policy_config(args, pretrained, train)
     policy = make_policy(config)
     print(f"policy       {config['policy']}, {count(policy):,} parameters, chunk {chunk}, from {args.init}")
-    if weights is not None:
-        names = init_from_pretrained(policy, weights, args.init)
+    if pretrained:
+        names = init_from_pretrained(policy, pretrained["policy"], args.init)
         for kind, keys in names.items():
             print(f"{kind:12s} {len(keys)} tensors" + (f": {', '.join(keys)}" if kind != "loaded" else ""))
     policy.action_norm.fit(train.stats["actions"])
     if config["proprio_dim"]:
         policy.proprio_norm.fit(train.stats["proprio"])
     low, high = policy.action_norm.low.tolist(), policy.action_norm.high.tolist()
-    print("normaliser   actions of " + args.data + ": " + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
-    print(f"data         {args.data}: {train.num_episodes} + {held_out.num_episodes} held-out episodes, {len(train):,} windows, "
-          f"cameras {', '.join(train.cameras)}")
+    print("normaliser   actions of " + args.data + ": "
+          + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
+    print(f"data         {args.data}: {train.num_episodes} + {held_out.num_episodes} held-out episodes, "
+          f"{len(train):,} windows, cameras {', '.join(train.cameras)}")
     policy = policy.to(device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                  weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:
         if checkpoint["fingerprint"] != train.fingerprint:
-            raise InputError(f"{args.data} is not the data that {out}/last.pt was trained on: restore it, or give another --out")
+            raise InputError(f"{args.data} is not the data that {out}/last.pt was trained on: "
+                             "restore it, or give another --out")
         policy.load_state_dict(checkpoint["policy"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
     log = Log(out, start)
 
-    # ---- loop: batch and noise of a step follow from (seed, step) alone, so nothing else need be saved to resume ----
+    # ---- loop: batch and noise of a step follow from (seed, step) alone, so nothing else need be saved to r
     batches = (np.random.default_rng([args.seed, step]).integers(len(train), size=args.batch_size).tolist()
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
-    bar, clock, waited = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True), time.time(), 0.0
+    bar, clock, waited = (tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True),
+                          time.time(), 0.0)
     policy.train()
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step)
         batch = to_device(batch, device)
-        for group in optimizer.param_groups:                                          # warm-up, then a cosine to 1 %
-            group["lr"] = args.lr * min(1, (step + 1) / args.warmup) * (0.505 + 0.495 * math.cos(math.pi * step / args.steps))
+        for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
+            group["lr"] = (args.lr * min(1, (step + 1) / args.warmup)
+                           * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
         batch["obs"]["images"] = {c: random_shift(x, args.shift) for c, x in batch["obs"]["images"].items()}
 
         loss, logs = policy.loss(batch)                                               # (Eq. 6)
         loss.backward()
+        if not loss.isfinite():
+            raise InputError(f"loss is {loss.item()} at step {step}: lower --lr or --clip; "
+                             "last.pt is from before")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -186,9 +219,8 @@ def main(argv=None):
         done = step + 1
         bar.update()
         if done % args.log_every == 0 or done == args.steps:
-            if not loss.isfinite():
-                raise InputError(f"loss is {loss.item()} at step {done}: lower --lr or --clip; last.pt is from before")
-            log(done, {"loss": loss.item(), "l1": logs["l1"], "grad_norm/policy": norm.item(), "lr": optimizer.param_groups[0]["lr"],
+            log(done, {"loss": loss.item(), "l1": logs["l1"], "grad_norm/policy": norm.item(),
+                       "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
         if done % args.eval_every == 0 or done == args.steps:
             policy.eval()
@@ -197,8 +229,10 @@ def main(argv=None):
             log(done, {f"val_l1/{i}": e.item() for i, e in enumerate(error)})
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(out / "last.pt", dict(
-                stage="finetune", step=done, config=config, policy=policy.state_dict(), optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
-                data={**train.attrs, "instructions": train.instructions}, fingerprint=train.fingerprint, provenance=provenance()))
+                stage="finetune", step=done, config=config, policy=policy.state_dict(),
+                optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
+                data={**train.attrs, "instructions": train.instructions}, fingerprint=train.fingerprint,
+                provenance=provenance()))
         clock = time.time()
     bar.close()
     print(f"wrote        {out}/last.pt (step {args.steps:,}), metrics.jsonl")

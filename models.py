@@ -1,11 +1,11 @@
 """The models of LAWM (arXiv 2509.18428): policies, world model, and what every stage shares with the others.
 
-    stage 1, pretrain.py  (video, no actions)                      stage 2, finetune.py  (few demonstrations)
+    stage 1, pretrain.py  (video, no actions)             stage 2, finetune.py  (few demonstrations)
 
-    o_t, instruction --> [ policy ] --> z_t ... z_t+n-1            o_t, instruction, proprio --> [ policy ] --> a_t ... a_t+n-1
-                                          |    (B, n, Z)                                     new last layer
-    o_t ------------------------> [ world model ] --> o_t+1 ... o_t+n
-                                   gradients flow back through z into the policy
+    o_t, instruction -> [ policy ] -> z_t ... z_t+n-1     o_t, instruction, -> [ policy ] -> a_t ... a_t+n-1
+                                       |    (B, n, Z)     proprio            new last layer
+    o_t ----------------------> [ world model ] -> o_t+1 ... o_t+n
+                                gradients flow back through z into the policy
 
 Policies do not know the world model and the world model does not know policies. Read in this order:
 
@@ -19,11 +19,13 @@ Policies do not know the world model and the world model does not know policies.
     8 checkpoints       save_checkpoint, load_checkpoint, load_policy, init_from_pretrained
     9 runs              open_run, Log, provenance; what both training scripts mean by --resume
 
-Letters: B batch, n chunk length, T frames (= n+1), C H W image, Z latent-action width, A action width, P proprioception
-width, L instruction-embedding width, E token width, D deterministic state, S x K stochastic state (S variables, K classes).
+Letters: B batch, n chunk length, T frames (= n+1), C H W image, Z latent-action width, A action width, P
+proprioception width, L instruction-embedding width, E token width, D deterministic state, S x K stochastic
+state (S variables, K classes).
 
-Two things are called z_t in the literature: DreamerV3's stochastic state and LAWM's latent action. Here the state is
-`deter` / `stoch`, and the latent action is `latent_actions` (short: z), which inside the world model is simply `actions`.
+Two things are called z_t in the literature: DreamerV3's stochastic state and LAWM's latent action. Here the
+state is `deter` / `stoch`, and the latent action is `latent_actions` (short: z), which inside the world model
+is simply `actions`.
 
 `python models.py` prints the parameter counts of every size.
 """
@@ -49,15 +51,15 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---- 1 errors --------------------------------------------------------------------------------------------------------
+# ---- 1 errors ---------------------------------------------------------------------------------------------
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: what was expected, what came, what to type."""
+    """What the user gave cannot be used; one line: what was expected, what came, what to type."""
 
 
 def run(main):
-    """Call main(); what the user can mend is one line on stderr and exit status 2, anything else is a traceback."""
+    """Call main(); what the user can mend is one line on stderr and exit status 2, all else a traceback."""
     try:
         main()
     except InputError as e:
@@ -67,11 +69,12 @@ def run(main):
     except OSError as e:
         full = re.search(r"errno = (\d+)", str(e))          # h5py hides the number in its message
         code = e.errno or (int(full.group(1)) if full else None)
-        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG):
+        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+                        errno.EFBIG):
             raise
         where = f" ({e.filename})" if e.filename else ""
-        sys.exit(_fail(f"cannot write: {os.strerror(code)}{where}; finished work is kept: make room or choose another "
-                       "--out, then go on with --resume"))
+        sys.exit(_fail(f"cannot write: {os.strerror(code)}{where}; finished work is kept: "
+                       "make room or choose another --out, then go on with --resume"))
 
 
 def _fail(message, status=2):
@@ -79,16 +82,16 @@ def _fail(message, status=2):
     return status
 
 
-# ---- 2 text ----------------------------------------------------------------------------------------------------------
+# ---- 2 text ----------------------------------------------------------------------------------------------
 
 
 class TextEncoder:
-    """Instruction -> fixed embedding: list of str -> (len, L) float32 array. Frozen; its name travels with the data.
+    """Frozen instruction embedding: list of str -> (len, L) float32 array. Its name travels with the data.
 
-    hash    word uni- and bigrams, hashed with signs into 512 floats: no weights, no download. It knows no synonyms.
+    hash    word uni- and bigrams, hashed with signs into 512 floats: no weights, no download, no synonyms
     minilm  sentence-transformers/all-MiniLM-L6-v2, 384 floats (original BAKU's)
     clip    openai/clip-vit-base-patch32 text tower, 512 floats (UPSTREAM: the release's)
-    The last two come through `transformers` from its cache, or from the folder that TEXT_ENCODER_FOLDER names.
+    The last two come through `transformers`, from its cache or the folder that TEXT_ENCODER_FOLDER names.
     """
     HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "clip": "openai/clip-vit-base-patch32"}
     DIM = {"hash": 512, "minilm": 384, "clip": 512}
@@ -103,14 +106,17 @@ class TextEncoder:
         try:
             from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
         except ImportError as e:
-            raise InputError(f"text encoder {self.name} needs transformers: pip install transformers ({e})") from e
+            raise InputError(f"text encoder {self.name} needs transformers: "
+                             f"pip install transformers ({e})") from e
         source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[self.name]
         try:
             model = CLIPTextModelWithProjection if self.name == "clip" else AutoModel
-            self.tokenizer, self.model = AutoTokenizer.from_pretrained(source), model.from_pretrained(source).eval()
+            self.tokenizer, self.model = (AutoTokenizer.from_pretrained(source),
+                                          model.from_pretrained(source).eval())
         except (OSError, ValueError) as e:
-            raise InputError(f"cannot load {source}: download it to a folder and type TEXT_ENCODER_FOLDER=FOLDER before "
-                             f"the command ({str(e).splitlines()[0]})") from e
+            raise InputError(f"cannot load {source}: download it to a folder and type "
+                             f"TEXT_ENCODER_FOLDER=FOLDER before the command "
+                             f"({str(e).splitlines()[0]})") from e
 
     def __call__(self, texts):
         if self.name == "hash":
@@ -132,13 +138,13 @@ class TextEncoder:
         return vector / max(np.linalg.norm(vector), 1e-6)
 
 
-# ---- 3 normalisation -------------------------------------------------------------------------------------------------
+# ---- 3 normalisation -------------------------------------------------------------------------------------
 
 
 class Normalizer(nn.Module):
     """Affine map of each dimension's [low, high] to [-1, 1], inside the weights so that it cannot get lost.
 
-    A constant dimension maps to 0 and comes back as its constant. Statistics are those of the finetuning data.
+    A constant dimension maps to 0 and comes back as its constant. Statistics are the finetuning data's.
     """
 
     def __init__(self, dim):
@@ -164,12 +170,12 @@ class Normalizer(nn.Module):
         return torch.where(self.high - self.low > 2e-6, x * scale + center, center.expand_as(x))
 
 
-# ---- 4 observations --------------------------------------------------------------------------------------------------
+# ---- 4 observations --------------------------------------------------------------------------------------
 
 
 def random_shift(images, pixels):
-    """Augmentation: shift each sample by up to +-pixels, edges repeated. (B, ..., H, W) -> the same; all of a sample's
-    frames move together."""
+    """Augmentation: shift each sample by up to +-pixels, edges repeated. (B, ..., H, W) -> the same; all of a
+    sample's frames move together."""
     if not pixels:
         return images
     b, (h, w) = len(images), images.shape[-2:]
@@ -183,13 +189,13 @@ def random_shift(images, pixels):
 
 
 class FiLMBlock(nn.Module):
-    """ResNet basic block with GroupNorm, modulated by the instruction: x <- (1 + gamma) x + beta (Perez et al. 2018)."""
+    """GroupNorm ResNet block, modulated by the instruction: x <- (1 + gamma) x + beta (Perez et al. 2018)."""
 
     def __init__(self, c_in, c_out, stride, cond):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        # DEVIATION: GroupNorm instead of BatchNorm: BatchNorm statistics of video clips do not hold for demonstrations.
+        # DEVIATION: GroupNorm, not BatchNorm, whose statistics of video do not hold for demonstrations.
         self.norm1, self.norm2 = nn.GroupNorm(8, c_out), nn.GroupNorm(8, c_out)
         self.skip = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
             nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.GroupNorm(8, c_out))
@@ -216,11 +222,11 @@ class SpatialSoftmax(nn.Module):
 
 
 class ResNet18FiLM(nn.Module):
-    """The first half of ResNet-18 (stem, stages 1 and 2), FiLM-conditioned, then spatial softmax -> one token.
+    """The first half of ResNet-18 (stem, stages 1 and 2) with FiLM, then spatial softmax -> one token.
 
-    UPSTREAM: the release keeps the same two stages; the whole network alone would have 11M parameters, not BAKU's 7M.
-    DEVIATION: no ImageNet weights: nothing here needs a download. Below 128 pixels the stem's max-pooling is left out,
-    so that the last feature map has 16 x 16 cells or more: localisation decides grasping.
+    UPSTREAM: the release keeps these two stages; the whole network alone has 11M parameters, not BAKU's 7M.
+    DEVIATION: no ImageNet weights: nothing here needs a download. Below 128 pixels the stem's max-pooling is
+    left out, so that the last feature map has 16 x 16 cells or more: localisation decides grasping.
     """
 
     def __init__(self, image_size, channels, width):
@@ -254,7 +260,8 @@ class TransformerBlock(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+                                 nn.Dropout(dropout))
 
     def forward(self, x):
         b, t, e = x.shape
@@ -264,17 +271,19 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ---- 5 policies ------------------------------------------------------------------------------------------------------
+# ---- 5 policies ------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
-    """Contract of every policy. obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": (B, L), "proprio": (B, P)}.
+    """Contract of every policy.
 
+    obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": (B, L), "proprio": (B, P)}
     What a dataset lacks is absent from obs: never zeros, never a second copy of the same camera.
     A subclass writes __init__(config) and features(obs) -> (B, E); heads, losses and units are here.
 
-    config is plain data and makes the policy again (make_policy): policy, cameras, image_size, chunk, text_dim,
-    proprio_dim (or None), action_dim, latent_dim, latent_norm, head, and the subclass's own sizes. head says what the last layer is:
+    config is plain data and makes the policy again (make_policy): policy, cameras, image_size, chunk,
+    text_dim, proprio_dim (or None), action_dim, latent_dim, latent_norm, head, and the subclass's own sizes.
+    head says what the last layer is:
         latent  (B, n, Z) latent actions for the world model (stage 1)
         action  (B, n, A) actions (stage 2, the paper's choice "reinit": a new last layer)
         add     a new layer from the latent actions to actions (stage 2, the paper's other strategy)
@@ -287,14 +296,16 @@ class Policy(nn.Module):
         self.config = config
         self.chunk, self.cameras = config["chunk"], list(config["cameras"])
         width = config["width"]
-        # The paper's "last layer" is latent_out / action_out; everything before it is kept from stage 1 to stage 2.
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        # The paper's "last layer" is latent_out / action_out; all before it is kept from stage 1 to stage 2.
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
+                                  nn.Linear(width, width), nn.ReLU())
         if config["head"] in ("latent", "add"):
             latents = config["chunk"] * config["latent_dim"]
-            # DEVIATION: latents are standardised over the batch before the tanh (latent_norm). Plain tanh latents
-            # collapse to a constant or saturate at small scale. BatchNorm removes a bias, hence none in the layer.
+            # DEVIATION: latents are standardised over the batch before the tanh (latent_norm). Plain tanh
+            # ones collapse to a constant or saturate at small scale. BatchNorm removes a bias: none here.
             self.latent_out = nn.Linear(width, latents, bias=not config["latent_norm"])
-            self.latent_norm = nn.BatchNorm1d(latents, affine=False) if config["latent_norm"] else nn.Identity()
+            self.latent_norm = (nn.BatchNorm1d(latents, affine=False) if config["latent_norm"]
+                                else nn.Identity())
         if config["head"] in ("action", "add"):
             actions = config["chunk"] * config["action_dim"]
             self.action_out = nn.Linear(width if config["head"] == "action" else latents, actions)
@@ -310,11 +321,12 @@ class Policy(nn.Module):
         """Check what came against what the policy was made for, then features(obs) -> (B, E)."""
         missing = [c for c in self.cameras if c not in obs["images"]]
         if missing:
-            raise InputError(f"policy looks through cameras {self.cameras}, observation has {sorted(obs['images'])}")
+            raise InputError(f"policy looks through cameras {self.cameras}, observation has "
+                             f"{sorted(obs['images'])}")
         size = obs["images"][self.cameras[0]].shape[-1]
         if size != self.config["image_size"]:
-            raise InputError(f"policy was made for {self.config['image_size']}-pixel images, got {size}: prepare the data "
-                             f"with --image-size {self.config['image_size']}")
+            raise InputError(f"policy was made for {self.config['image_size']}-pixel images, got {size}: "
+                             f"prepare the data with --image-size {self.config['image_size']}")
         if obs["instruction"].shape[-1] != self.config["text_dim"]:
             raise InputError(f"policy expects instruction embeddings of width {self.config['text_dim']}, got "
                              f"{obs['instruction'].shape[-1]}: same --text-encoder for all stages")
@@ -323,10 +335,11 @@ class Policy(nn.Module):
         return self.features(obs)
 
     def latent_actions(self, obs):
-        """z_t ... z_t+n-1 from o_t and the instruction alone: obs -> (B, n, Z) in (-1, 1), differentiable (Sec. III-A)."""
+        """z_t ... z_t+n-1 from o_t and the instruction alone: obs -> (B, n, Z) in (-1, 1), differentiable
+        (Sec. III-A)."""
         if self.config["head"] == "action":
-            raise InputError("this policy has no latent actions left (its last layer was re-initialised for actions): "
-                             "give the pretrained checkpoint")
+            raise InputError("this policy has no latent actions left (its last layer was re-initialised for "
+                             "actions): give the pretrained checkpoint")
         z = self.latent_norm(self.latent_out(self.head(self.encode(obs))))            # (B, n*Z)
         return torch.tanh(z).view(-1, self.chunk, self.config["latent_dim"])
 
@@ -341,12 +354,12 @@ class Policy(nn.Module):
     def loss(self, batch):
         """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float}.
 
-        L = - E log N(a_t:t+n | mu(o_t, instruction), std^2)                                              (Eq. 6)
+        L = - E log N(a_t:t+n | mu(o_t, instruction), std^2)                                        (Eq. 6)
         batch {"obs", "actions" (B, n, A) in the data's units, "is_pad" (B, n)}; padded steps count nowhere.
         """
         target = self.action_norm.normalize(batch["actions"])
         mu = self._mean_action(batch["obs"])
-        nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))   # (B, n, A)
+        nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
         loss = masked_mean(nll.mean(-1), batch["is_pad"])
         with torch.no_grad():
             l1 = masked_mean((target - mu).abs().mean(-1), batch["is_pad"])
@@ -362,9 +375,9 @@ class Policy(nn.Module):
 class BAKU(Policy):
     """BAKU (Haldar et al. 2024) as LAWM uses it: tokens -> transformer -> action token -> chunk of n actions.
 
-    tokens  [instruction, one image token per camera, proprio if any, action token]; the images pass one shared ResNet,
-            told apart by a camera embedding; the instruction modulates the ResNet (FiLM) and is a token as well.
-    UPSTREAM: causal attention; without history and with the action token last it changes nothing that is read.
+    tokens  [instruction, one image token per camera, proprio if any, action token]; one shared ResNet sees
+            the images, told apart by a camera embedding; the instruction modulates it (FiLM), is a token too.
+    UPSTREAM: causal attention; without history and with the action token last it changes nothing we read.
     """
     SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),     # about 7M parameters
              "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}      # for two CPU cores
@@ -375,9 +388,11 @@ class BAKU(Policy):
         self.instruction_encoder = nn.Linear(config["text_dim"], width)
         self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
         # By position, not by name: camera 0 is the main view in every dataset, whatever it is called there.
-        self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width)) for _ in self.cameras])
+        self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
+                                                  for _ in self.cameras])
         if config["proprio_dim"]:
-            self.proprio_encoder = nn.Sequential(nn.Linear(config["proprio_dim"], width), nn.ReLU(), nn.Linear(width, width))
+            self.proprio_encoder = nn.Sequential(nn.Linear(config["proprio_dim"], width), nn.ReLU(),
+                                                 nn.Linear(width, width))
         self.action_token = nn.Parameter(0.02 * torch.randn(width))
         self.trunk = nn.Sequential(*[TransformerBlock(width, config["heads"], config["dropout"])
                                      for _ in range(config["layers"])])
@@ -396,7 +411,7 @@ class BAKU(Policy):
                 proprio = proprio * keep
             tokens.append(proprio)
         tokens.append(self.action_token.expand(b, -1))
-        return self.trunk(torch.stack(tokens, 1))[:, -1]                              # (B, tokens, E) -> (B, E)
+        return self.trunk(torch.stack(tokens, 1))[:, -1]                              # (B, tokens, E)->(B, E)
 
 
 POLICIES = {"baku": BAKU}
@@ -409,17 +424,18 @@ def make_policy(config):
 
 def masked_mean(x, is_pad):
     """Mean of x (B, n) over the steps that are not padding: the denominator counts valid steps only."""
-    assert x.shape == is_pad.shape, f"values {tuple(x.shape)} and padding {tuple(is_pad.shape)} differ in shape"
+    assert x.shape == is_pad.shape, (f"values {tuple(x.shape)} and padding {tuple(is_pad.shape)} "
+                                     "differ in shape")
     valid = (~is_pad).to(x.dtype)
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
-# ---- 6 world model ---------------------------------------------------------------------------------------------------
+# ---- 6 world model ---------------------------------------------------------------------------------------
 
-# DreamerV3's own table (Hafner et al. 2023, App.): 32 categorical variables throughout. Names are those of whole agents;
-# what the world model alone has is printed by `python models.py`.
+# DreamerV3's own table (Hafner et al. 2023, App.): 32 categorical variables throughout. Names are those of
+# whole agents; what the world model alone has is printed by `python models.py`.
 WORLD_MODEL_SIZES = {
-    "tiny": dict(deter=256, hidden=128, stoch=16, classes=8, depth=8, blocks=4),     # ours, for laptops
+    "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
     "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
     "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),
     "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),
@@ -430,7 +446,7 @@ WORLD_MODEL_SIZES = {
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear map: (B, blocks, c_in) -> (B, blocks, c_out). One block is a plain linear layer."""
+    """Block-diagonal linear map: (B, blocks, c_in) -> (B, blocks, c_out). One block: a plain linear layer."""
 
     def __init__(self, blocks, c_in, c_out):
         super().__init__()
@@ -447,7 +463,7 @@ def dense(c_in, c_out):
 
 
 def unimix(logits, share=0.01):
-    """Mix 1 % of the uniform distribution in, so that no class has probability 0 and KL stays finite: log-probs out."""
+    """Log-probs with 1 % of the uniform distribution in them: no probability is 0 and KL stays finite."""
     k = logits.shape[-1]
     return torch.log((1 - share) * logits.softmax(-1) + share / k)
 
@@ -466,7 +482,7 @@ def sample_straight_through(log_probs):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model of DreamerV3. A state is {"deter": (B, D), "stoch": (B, S, K), "logits": (B, S, K)}.
+    """Recurrent state-space model of DreamerV3. State {"deter": (B, D), "stoch" and "logits": (B, S, K)}.
 
     sequence model  h_k+1 = f(h_k, s_k, a_k)         block GRU                 (Eq. 1)
     posterior       s_k ~ q(s_k | h_k, o_k)          sees the frame            (Eq. 2)
@@ -478,7 +494,8 @@ class RSSM(nn.Module):
         deter, hidden, self.blocks = size["deter"], size["hidden"], size["blocks"]
         self.deter, self.stoch, self.classes = deter, size["stoch"], size["classes"]
         flat = self.stoch * self.classes
-        self.in_deter, self.in_stoch, self.in_action = dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden)
+        self.in_deter, self.in_stoch, self.in_action = (
+            dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden))
         self.hidden = BlockLinear(self.blocks, deter // self.blocks + 3 * hidden, deter // self.blocks)
         self.hidden_norm = nn.RMSNorm(deter, eps=1e-4)
         self.gates = BlockLinear(self.blocks, deter // self.blocks, 3 * deter // self.blocks)
@@ -495,9 +512,10 @@ class RSSM(nn.Module):
         b, deter = len(action), state["deter"]
         # DreamerV3 shrinks actions beyond [-1, 1]; latents are inside by their tanh, raw actions may not be.
         action = action / action.abs().clamp(min=1).detach()
-        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)), self.in_action(action)], -1)
-        x = x[:, None].expand(b, self.blocks, -1)                                     # every block sees all inputs
-        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)                        # (B, blocks, D/blocks + 3 hidden)
+        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
+                       self.in_action(action)], -1)
+        x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all inputs
+        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 3 hidden)
         x = F.silu(self.hidden_norm(self.hidden(x).flatten(1))).view(b, self.blocks, -1)
         reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]  # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -534,21 +552,21 @@ class ToImage(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """RSSM with a convolutional encoder and decoder; trained to predict o_t+1 ... o_t+n from o_t and n actions.
+    """RSSM with convolutional encoder and decoder, trained to predict o_t+1 ... o_t+n from o_t and n actions.
 
-    It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts the roll),
-    then every action acts, the first one included.
+    It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts
+    the roll), then every action acts, the first one included.
     UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used.
 
-    config {"size": name in WORLD_MODEL_SIZES, "image_size": 2^k, "action_dim": Z, "predict", "motion_weight", "free_bits",
-    "decode_steps"}:
+    config {"size": name in WORLD_MODEL_SIZES, "image_size": 2^k, "action_dim": Z, "predict", "motion_weight",
+    "free_bits", "decode_steps"}:
         predict        posterior  reconstruct from states that have seen the frame (the paper, DreamerV3)
                        prior      reconstruct open loop: from o_t and the actions alone
                        both       sum of the two
         motion_weight  extra weight of pixels that differ from o_t (0 = the paper)
         free_bits      nats of KL that cost nothing (1 = DreamerV3)
-        decode_steps   frames per window that are decoded in a training step, drawn at random (0 = all n, the paper): the
-                       expectation of the loss and of its gradient is the same, at less than half the cost
+        decode_steps   frames per window that are decoded in a training step, drawn at random (0 = all n, the
+                       paper): same expectation of the loss and its gradient, at less than half the cost
     """
     DYN_SCALE, REP_SCALE = 0.5, 0.1      # KL balancing (UPSTREAM: the same)
 
@@ -558,9 +576,10 @@ class WorldModel(nn.Module):
         size = WORLD_MODEL_SIZES[config["size"]]
         stages = int(math.log2(config["image_size"])) - 2                             # down to 4 x 4
         if 4 * 2 ** stages != config["image_size"] or not 2 <= stages <= 5:
-            raise InputError(f"the world model takes images of 16, 32, 64 or 128 pixels, got {config['image_size']}")
-        # ASSUMPTION: images are normalised over channels and pixels together (DreamerV3: RMS per pixel): a fused kernel.
-        # DreamerV3's multipliers for 64 pixels; ASSUMPTION: one thin stage more for 128 (the paper does not say).
+            raise InputError("the world model takes images of 16, 32, 64 or 128 pixels, "
+                             f"got {config['image_size']}")
+        # ASSUMPTION: normalised over channels and pixels together (DreamerV3: RMS per pixel): a fused kernel.
+        # DreamerV3's multipliers for 64 pixels; ASSUMPTION: a thin stage more for 128 (paper: not said).
         channels = [size["depth"] * m for m in (1, 2, 3, 4, 4)[-stages:]]
         layers, c_in = [], 3
         for c in channels:
@@ -593,8 +612,10 @@ class WorldModel(nn.Module):
         return self.rssm.posterior(start["deter"], embed)
 
     def observe(self, images, actions):
-        """Filter: (B, n+1, 3, H, W) uint8, (B, n, Z) -> start state (B, ...), posteriors and priors (B, n, ...) of k = 1 ... n."""
-        assert images.shape[1] == actions.shape[1] + 1, f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}"
+        """Filter: (B, n+1, 3, H, W) uint8, (B, n, Z) -> start state (B, ...), posteriors and priors of
+        k = 1 ... n (B, n, ...)."""
+        assert images.shape[1] == actions.shape[1] + 1, (
+            f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}")
         embed = self.embed(images)
         start = state = self.context(embed[:, 0])
         posteriors, priors = [], []
@@ -606,7 +627,8 @@ class WorldModel(nn.Module):
         return start, stack_states(posteriors), stack_states(priors)
 
     def imagine(self, state, actions):
-        """Open loop: start state (B, ...), (B, n, Z) -> priors (B, n, ...) of k = 1 ... n, no frame seen after the first."""
+        """Open loop: start state (B, ...), (B, n, Z) -> priors (B, n, ...) of k = 1 ... n, no frame seen
+        after the first."""
         states = []
         for k in range(actions.shape[1]):
             state = self.rssm.prior(self.rssm.sequence(state, actions[:, k]))
@@ -614,32 +636,38 @@ class WorldModel(nn.Module):
         return stack_states(states)
 
     def losses(self, images, actions, predict=None, decode_steps=None):
-        """Every term before reduction: {name: (B, n)}; total() adds them up. Both options default to the config's."""
+        """Every term before reduction: {name: (B, n)}; total() adds them up. Defaults are the config's."""
         predict = predict or self.config["predict"]
         n = actions.shape[1]
         decode_steps = (self.config["decode_steps"] if decode_steps is None else decode_steps) or n
         start, posteriors, priors = self.observe(images, actions)
-        drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which of the n frames are drawn
-        context, future = images[:, :1].float() / 255, images[:, 1 + drawn].float() / 255   # (B, 1 | m, 3, H, W)
-        weight = 1 + self.config["motion_weight"] * (future - context).abs().mean(2, keepdim=True)   # (B, m, 1, H, W)
+        drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
+        context, future = images[:, :1].float() / 255, images[:, 1 + drawn].float() / 255  # (B, 1|m, 3, H, W)
+        weight = (1 + self.config["motion_weight"]
+                  * (future - context).abs().mean(2, keepdim=True))                   # (B, m, 1, H, W)
 
-        def spread(error):                                                            # (B, m) -> (B, n), the rest is 0
+        def spread(error):                                                  # (B, m) -> (B, n), the rest is 0
             return error.new_zeros(len(error), n).index_copy(1, drawn, error * (n / decode_steps))
 
-        terms = {}
+        # ASSUMPTION: o_t itself is drawn as well (DreamerV3 draws every frame): the scene must come from the
+        # context, so that the latents are left with what changes in it.
+        error = (self.decode(start) - context[:, 0]) ** 2                             # (B, 3, H, W)
+        terms = {"context": error.sum((1, 2, 3))[:, None].expand(-1, n)}              # (B, n), all the same
         if predict in ("posterior", "both"):
-            error = (self.decode({k: v[:, drawn] for k, v in posteriors.items()}) - future) ** 2      # (B, m, 3, H, W)
-            terms["recon"] = spread((weight * error).sum((2, 3, 4)))                  # (Eq. 4) decoder, (Eq. 5) first term
+            error = (self.decode({k: v[:, drawn] for k, v in posteriors.items()})
+                     - future) ** 2                                                   # (B, m, 3, H, W)
+            terms["recon"] = spread((weight * error).sum((2, 3, 4)))    # (Eq. 4) decoder, (Eq. 5) first term
         if predict in ("prior", "both"):
-            # DEVIATION: the open-loop term. From the posterior alone a frame can be drawn without its action, because the
-            # posterior has seen it; only the KL then asks for actions, and below the free bits not even that.
+            # DEVIATION: the open-loop term. From the posterior alone a frame can be drawn without its action:
+            # the posterior has seen it; only the KL then asks for actions, below the free bits not even that.
             imagined = self.imagine(start, actions)
-            error = (self.decode({k: v[:, drawn] for k, v in imagined.items()}) - future) ** 2        # (B, m, 3, H, W)
+            error = (self.decode({k: v[:, drawn] for k, v in imagined.items()})
+                     - future) ** 2                                                   # (B, m, 3, H, W)
             terms["open_loop"] = spread((weight * error).sum((2, 3, 4)))
-            terms["open_loop_plain"] = spread(error.detach().sum((2, 3, 4)))          # unweighted, for the report
-        post, prior = posteriors["logits"], priors["logits"]                          # (B, n, S, K)
-        terms["kl_dyn"] = kl_categorical(post.detach(), prior)                        # moves the prior to what was seen
-        terms["kl_rep"] = kl_categorical(post, prior.detach())                        # keeps the posterior predictable
+            terms["open_loop_plain"] = spread(error.detach().sum((2, 3, 4)))          # unweighted, for report
+        post, prior = posteriors["logits"], priors["logits"]                # (B, n, S, K)
+        terms["kl_dyn"] = kl_categorical(post.detach(), prior)              # moves the prior to what was seen
+        terms["kl_rep"] = kl_categorical(post, prior.detach())              # keeps the posterior predictable
         return terms
 
     def loss(self, images, actions, is_pad):
@@ -648,7 +676,8 @@ class WorldModel(nn.Module):
         images  (B, n+1, 3, H, W) uint8   o_t ... o_t+n
         actions (B, n, Z)                 gradients flow into them: this is how pretraining teaches the policy
         is_pad  (B, n) bool               True where o_k+1 is a repeated last frame; those steps count nowhere
-        L = sum_k |o_k - ^o_k|^2 + 0.5 max(1, KL[sg q || p]) + 0.1 max(1, KL[q || sg p])                   (Eq. 5)
+        L = |o_t - ^o_t|^2 + mean_k |o_k - ^o_k|^2
+            + 0.5 max(1, KL[sg q || p]) + 0.1 max(1, KL[q || sg p])                                 (Eq. 5)
         """
         terms = self.losses(images, actions)
         logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items()}
@@ -657,19 +686,20 @@ class WorldModel(nn.Module):
     def total(self, terms):
         """The weighted sum of (Eq. 5), step by step: {name: (B, n)} -> (B, n)."""
         free = self.config["free_bits"]
-        kl = self.DYN_SCALE * terms["kl_dyn"].clamp(min=free) + self.REP_SCALE * terms["kl_rep"].clamp(min=free)
-        return kl + sum(terms[name] for name in ("recon", "open_loop") if name in terms)
+        kl = (self.DYN_SCALE * terms["kl_dyn"].clamp(min=free)
+              + self.REP_SCALE * terms["kl_rep"].clamp(min=free))
+        return kl + sum(terms[name] for name in ("context", "recon", "open_loop") if name in terms)
 
 
-# ---- 7 chunk execution -----------------------------------------------------------------------------------------------
+# ---- 7 chunk execution -----------------------------------------------------------------------------------
 
 
 class ActionChunker:
-    """Turns chunks of n actions into one action per step. No state lives in the policy: reset() before every episode.
+    """Chunks of n actions -> one action per step. No state lives in the policy: reset() before every episode.
 
     execute = h     ask the policy every h steps and execute the first h of n, open loop
-    execute = None  ask at every step and average what all live chunks say about now (temporal ensembling, ACT / BAKU):
-                    weight exp(-decay * i), i = 0 for the oldest. UPSTREAM: decay 0, a plain mean.
+    execute = None  ask at every step and average what all live chunks say about now (temporal ensembling, ACT
+                    / BAKU): weight exp(-decay * i), i = 0 for the oldest. UPSTREAM: decay 0, a plain mean.
     """
 
     def __init__(self, chunk, execute=None, decay=0.01):
@@ -694,15 +724,15 @@ class ActionChunker:
         return (weights[:, None] * now).sum(0) / weights.sum()
 
 
-# ---- 8 checkpoints ---------------------------------------------------------------------------------------------------
+# ---- 8 checkpoints ---------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain data and tensors, atomically: a stopped write leaves the old file. Loads with weights_only."""
+    """Write plain data and tensors; a stopped write leaves the old file. Loads with weights_only."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)           # to memory first: torch's own writer hides a full disk behind its errors
+    torch.save(checkpoint, buffer)  # to memory first: torch's own writer hides a full disk behind its errors
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as f:
@@ -722,32 +752,35 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         stage = checkpoint["stage"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f"{path} is not a checkpoint of this project ({type(e).__name__}: {str(e).splitlines()[0][:80]})") from e
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError,
+            AttributeError) as e:
+        raise InputError(f"{path} is not a checkpoint of this project "
+                         f"({type(e).__name__}: {str(e).splitlines()[0][:80]})") from e
     assert stage in ("pretrain", "finetune"), stage
     return checkpoint
 
 
 def load_policy(path, device="cpu"):
-    """-> policy in eval mode, checkpoint. The architecture comes from the file; weights that do not fit are an error."""
+    """-> policy in eval mode, checkpoint. The architecture is the file's; weights must fit it."""
     checkpoint = load_checkpoint(path, device)
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
-        raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training "
-                         "diverged, train again")
+        raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): "
+                         "its training diverged, train again")
     policy = make_policy(checkpoint["config"])
     fit = policy.load_state_dict(checkpoint["policy"], strict=False)
     if fit.missing_keys or fit.unexpected_keys:
-        raise InputError(f"{path} does not fit its own config: missing {fit.missing_keys[:3]}, unexpected {fit.unexpected_keys[:3]}")
+        raise InputError(f"{path} does not fit its own config: missing {fit.missing_keys[:3]}, "
+                         f"unexpected {fit.unexpected_keys[:3]}")
     return policy.to(device).eval(), checkpoint
 
 
 def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
-    Only what finetuning must add may be new (last layer, further cameras, proprioception, normalisation), only the
-    latent layer may be left over; anything else means another architecture: InputError with the names.
-    UPSTREAM: the release skips whatever does not fit with a warning, and on any error silently trains from scratch.
+    Only what finetuning must add may be new (last layer, further cameras, proprioception, normalisation),
+    only the latent layer may be left over; all else means another architecture: InputError with the names.
+    UPSTREAM: the release skips what does not fit with a warning; on errors it silently starts from scratch.
     """
     own = policy.state_dict()
     may_be_new = ("action_out.", "action_norm.", "proprio_norm.", "proprio_encoder.", "camera_embedding.")
@@ -761,34 +794,35 @@ def init_from_pretrained(policy, weights, path):
     if wrong:
         k = wrong[0]
         shapes = [tuple(w[k].shape) if k in w else "absent" for w in (weights, own)]
-        raise InputError(f"{path} is of another architecture: {len(wrong)} tensors do not fit, first {k}: {shapes[0]} in the "
-                         f"file, {shapes[1]} here")
+        raise InputError(f"{path} is of another architecture: {len(wrong)} tensors do not fit, first {k}: "
+                         f"{shapes[0]} in the file, {shapes[1]} here")
     policy.load_state_dict({**own, **{k: weights[k] for k in loaded}})
     return {"loaded": loaded, "new": new, "unused": unused}
 
 
-# ---- 9 runs ----------------------------------------------------------------------------------------------------------
+# ---- 9 runs ----------------------------------------------------------------------------------------------
 
 
 def open_run(args, free):
-    """May the run folder args.out be used? -> the checkpoint to go on from, or None for a fresh run. Writes nothing.
+    """May the run folder args.out be used? -> checkpoint to go on from, or None (fresh run). Writes nothing.
 
-    A run that exists is never overwritten unless --overwrite says so. --resume takes the same flags as the run it goes
-    on with, but for the names in `free`, which change no result.
+    A run that exists is never overwritten unless --overwrite says so. --resume takes the same flags as the
+    run it goes on with, but for the names in `free`, which change no result.
     """
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():
         checkpoint = load_checkpoint(last, args.device)
         for name, value in vars(args).items():
             if name not in free and value != checkpoint["args"].get(name):
-                raise InputError(f"{last} was made with --{name.replace('_', '-')} {checkpoint['args'].get(name)}, now it is "
-                                 f"{value}: give --resume the same flags, or another --out")
+                raise InputError(f"{last} was made with --{name.replace('_', '-')} "
+                                 f"{checkpoint['args'].get(name)}, now it is {value}: give --resume the same "
+                                 "flags, or another --out")
         return checkpoint
     if args.resume and not out.exists():
         raise InputError(f"nothing to resume in {out}: leave --resume out, or name the run with --out")
     if (out / "metrics.jsonl").exists() and not (args.overwrite or args.resume):
-        raise InputError(f"{out} already holds a run: --resume goes on with it, --overwrite throws it away, --out puts this "
-                         "one elsewhere")
+        raise InputError(f"{out} already holds a run: --resume goes on with it, --overwrite throws it away, "
+                         "--out puts this one elsewhere")
     return None
 
 
@@ -820,11 +854,12 @@ class Log:
 
 def to_device(tree, device):
     """Nested dict of tensors -> the same on the device."""
-    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True) for k, v in tree.items()}
+    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True)
+            for k, v in tree.items()}
 
 
 def probe_r2(x_train, y_train, x_test, y_test, ridge=1e-2):
-    """Linear probe: ridge regression from x (N, dx) to y (N, dy), R2 per column of y on the test rows -> (dy,).
+    """Linear probe: ridge regression x (N, dx) -> y (N, dy), R2 per column of y on the test rows -> (dy,).
 
     Columns are standardised on the training rows; columns of y that are constant there come back as nan.
     """
@@ -845,11 +880,14 @@ def file_hash(path):
 def provenance():
     """Where a number comes from: command, commit (with "+" if the tree has changes), versions, machine."""
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args],
+                              capture_output=True, text=True).stdout.strip()
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else ""),
+            "commit": ((git("rev-parse", "--short", "HEAD") or "unknown")
+                       + ("+" if git("status", "--porcelain", "-uno") else "")),
             "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"}
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
+                       f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"}
 
 
 def count(module):
@@ -861,15 +899,18 @@ def main():
     for name, cls in POLICIES.items():
         for size, numbers in cls.SIZES.items():
             image_size = 64 if size == "tiny" else 128
-            config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=10, text_dim=512, proprio_dim=7,
-                          action_dim=7, latent_dim=7, latent_norm=True, head="action", proprio_dropout=0.0, **numbers)
+            config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=10,
+                          text_dim=512, proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
+                          head="action", proprio_dropout=0.0, **numbers)
             print(f"{name:12s} {size:6s} {image_size:4d} px {count(make_policy(config)):12,d} parameters")
     for size in WORLD_MODEL_SIZES:
         image_size = 64 if size in ("tiny", "1m") else 128
         with torch.device("meta"):
-            model = WorldModel(dict(size=size, image_size=image_size, action_dim=7, predict="posterior", motion_weight=0, free_bits=1, decode_steps=0))
-        print(f"world model  {size:6s} {image_size:4d} px {count(model):12,d} parameters: encoder {count(model.encoder):,}, "
-              f"rssm {count(model.rssm):,}, decoder {count(model.decoder):,}")
+            model = WorldModel(dict(size=size, image_size=image_size, action_dim=7, predict="posterior",
+                                    motion_weight=0, free_bits=1, decode_steps=0))
+        print(f"world model  {size:6s} {image_size:4d} px {count(model):12,d} parameters: "
+              f"encoder {count(model.encoder):,}, rssm {count(model.rssm):,}, "
+              f"decoder {count(model.decoder):,}")
 
 
 if __name__ == "__main__":

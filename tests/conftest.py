@@ -1,4 +1,4 @@
-"""Shared by all tests: the scripts are importable, torch uses one thread, and a tiny dataset in the project's own format."""
+"""Shared by all tests: importable scripts, one torch thread, a tiny dataset in the project's own format."""
 import json
 import sys
 from argparse import Namespace
@@ -10,13 +10,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)     # results do not depend on how many cores the machine has, and busy cores do not slow it down
+torch.set_num_threads(1)     # results do not depend on the machine's cores, busy cores do not slow it down
 
 import prepare_data  # noqa: E402
 
 
 def moving_square(seed, length=24, size=32):
-    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7) in pixels / 100, proprio (T, 7)."""
+    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7) in pixels / 100,
+    proprio (T, 7)."""
     rng = np.random.default_rng(seed)
     position, frames, actions, proprio = rng.uniform(6, 26, 2), [], [], []
     velocity = rng.uniform(-2, 2, 2)
@@ -37,11 +38,12 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
     def job(i):
         frames, acts, proprio = moving_square(i, length)
         jpeg = [prepare_data.encode_frame(cv2.cvtColor(f, cv2.COLOR_RGB2BGR)) for f in frames]
-        episode = {"images": {c: jpeg for c in cameras}, "instructions": [("move the square", "push the box")[i % 2]], "fps": 20.0}
+        episode = {"images": {c: jpeg for c in cameras},
+                   "instructions": [("move the square", "push the box")[i % 2]], "fps": 20.0}
         return {**episode, "actions": acts, "proprio": proprio} if actions else episode
 
-    about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none", format_version=1,
-                 alignment="pre", text_encoder=text_encoder, text_dim=512, extra={},
+    about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
+                 format_version=1, alignment="pre", text_encoder=text_encoder, text_dim=512, extra={},
                  action={"names": "x y . . . . side", "units": "pixels / 100"} if actions else None,
                  proprio={"names": "x y"} if actions else None)
     folder.mkdir(parents=True)
@@ -54,7 +56,7 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Two datasets of a moving square: `video` without actions (one camera), `robot` with actions and two cameras."""
+    """Two datasets of a moving square: `video` (one camera, no actions), `robot` (two cameras, actions)."""
     root = tmp_path_factory.mktemp("data")
     return Namespace(video=str(write_dataset(root / "video", actions=False)),
                      robot=str(write_dataset(root / "robot", cameras=("front", "side"))))

@@ -1,4 +1,4 @@
-"""Claims of cca.py: it finds correlations that are there, none that are not, and says what random weights would get."""
+"""Claims of cca.py: it finds correlations that are there, none that are not, and what random weights get."""
 import json
 
 import numpy as np
@@ -16,21 +16,22 @@ def split(X, Y):
     return X[:half], Y[:half], X[half:], Y[half:]
 
 
-# ---- the mathematics -------------------------------------------------------------------------------------------------
+# ---- the mathematics -------------------------------------------------------------------------------------
 
 
 def test_a_linear_image_of_the_latents_correlates_perfectly_on_held_out_rows():
     X = RNG(0).normal(size=(400, 5))
-    Y = X @ RNG(1).normal(size=(5, 5)) * [1e-3, 1, 1, 1, 1e3] + 7                     # units and offsets do not matter
+    Y = X @ RNG(1).normal(size=(5, 5)) * [1e-3, 1, 1, 1, 1e3] + 7           # units and offsets do not matter
     X, Y, held_out_X, held_out_Y = split(X, Y)
-    assert np.allclose(cca.cca_correlations(held_out_X, held_out_Y, *cca.cca_fit(X, Y, ridge=0)), 1, atol=1e-6)
+    assert np.allclose(cca.cca_correlations(held_out_X, held_out_Y, *cca.cca_fit(X, Y, ridge=0)), 1,
+                       atol=1e-6)
     assert (cca.cca_correlations(held_out_X, held_out_Y, *cca.cca_fit(X, Y)) > 0.95).all()
 
 
 def test_independent_columns_look_correlated_in_sample_and_are_not_on_held_out_rows():
     X, Y, held_out_X, held_out_Y = split(RNG(0).normal(size=(600, 70)), RNG(1).normal(size=(600, 70)))
     fit = cca.cca_fit(X, Y)
-    assert cca.cca_correlations(X, Y, *fit)[:10].min() > 0.6                          # warning 1 of the docstring
+    assert cca.cca_correlations(X, Y, *fit)[:10].min() > 0.6                # warning 1 of the docstring
     held_out = cca.cca_correlations(held_out_X, held_out_Y, *fit)
     assert abs(held_out.mean()) < 0.03 and np.abs(held_out).max() < 0.25
 
@@ -39,13 +40,14 @@ def test_known_correlations_are_recovered():
     rho, n = np.array([0.9, 0.6, 0.3, 0.0]), 40_000
     hidden = RNG(0).normal(size=(n, 4))
     partner = rho * hidden + np.sqrt(1 - rho ** 2) * RNG(1).normal(size=(n, 4))
-    X, Y = hidden @ RNG(2).normal(size=(4, 4)), np.c_[partner, RNG(3).normal(size=(n, 2))] @ RNG(4).normal(size=(6, 6))
+    X, Y = (hidden @ RNG(2).normal(size=(4, 4)),
+            np.c_[partner, RNG(3).normal(size=(n, 2))] @ RNG(4).normal(size=(6, 6)))
     X, Y, held_out_X, held_out_Y = split(X, Y)
     A, B, means = cca.cca_fit(X, Y)
     assert A.shape == (4, 4) and B.shape == (6, 4)
     assert np.allclose(cca.cca_correlations(held_out_X, held_out_Y, A, B, means), rho, atol=0.02)
     projections = (X - means[0]) @ A
-    assert np.allclose(np.corrcoef(projections.T), np.eye(4), atol=0.02)              # later pairs are new directions
+    assert np.allclose(np.corrcoef(projections.T), np.eye(4), atol=0.02)    # later pairs are new directions
 
 
 def test_the_unit_of_a_column_does_not_matter_even_with_a_ridge():
@@ -56,7 +58,7 @@ def test_the_unit_of_a_column_does_not_matter_even_with_a_ridge():
 
 
 def test_the_interval_resamples_whole_episodes():
-    """Rows repeated inside their episode are no new evidence: the interval must stay as wide as it is without them."""
+    """Rows repeated inside their episode are no new evidence: the interval stays as wide as without."""
     X = RNG(0).normal(size=(60, 2))
     Y = X + RNG(1).normal(size=(60, 2))
     weights = RNG(2).multinomial(20, np.full(20, 1 / 20), 400)
@@ -65,7 +67,7 @@ def test_the_interval_resamples_whole_episodes():
     many = (X.repeat(50, 0), Y.repeat(50, 0), *fit, episode.repeat(50))
     many = cca.interval(cca.resampled_correlations(*many, weights))
     assert np.allclose(once, many) and np.diff(once)[0] > 0.05
-    drawn = np.repeat(np.arange(60), weights[0].repeat(3))                            # the first resample, row by row
+    drawn = np.repeat(np.arange(60), weights[0].repeat(3))                  # the first resample, row by row
     assert np.allclose(cca.resampled_correlations(X, Y, *fit, episode, weights)[0],
                        cca.cca_correlations(X[drawn], Y[drawn], *fit))
 
@@ -77,7 +79,7 @@ def test_constant_latents_are_dropped_and_a_collapsed_policy_is_an_error():
     dead[:, 1] = 0.4
     result = cca.analyse(dead, Y, dead, Y, np.zeros(300, int), 1e-3, weights)
     assert result["constant_latents"] == [1] and result["held_out"].shape == (3,)
-    assert result["held_out"][1] > 0.9 and result["held_out"][2] == 0                 # two columns have two components
+    assert result["held_out"][1] > 0.9 and result["held_out"][2] == 0       # two columns have two components
     with pytest.raises(InputError, match="collapsed"):
         cca.analyse(dead[:, 1:2], Y, dead[:, 1:2], Y, np.zeros(300, int), 1e-3, weights)
     with pytest.raises(InputError, match="too few"):
@@ -93,8 +95,8 @@ def test_what_is_reported_comes_from_the_held_out_rows():
 
 def test_luck_of_single_random_policies_is_inside_the_interval_of_the_gain():
     def result(rho):
-        return {"held_out": np.array([rho]), "in_sample": np.array([rho]), "resampled": np.full((500, 1), rho),
-                "probe_r2": rho, "constant_latents": []}
+        return {"held_out": np.array([rho]), "in_sample": np.array([rho]),
+                "resampled": np.full((500, 1), rho), "probe_r2": rho, "constant_latents": []}
 
     report = cca.summarise(result(0.5), [result(0.2), result(0.6)], result(0.0), result(0.1))
     assert report["gain_over_random"]["mean"] == pytest.approx(0.1)
@@ -102,11 +104,11 @@ def test_luck_of_single_random_policies_is_inside_the_interval_of_the_gain():
     assert (report["random"]["low"], report["random"]["high"]) == ([0.2], [0.6])
 
 
-# ---- the script ------------------------------------------------------------------------------------------------------
+# ---- the script ------------------------------------------------------------------------------------------
 
 
 class FakeData:
-    """A square wanders over the picture; the action is its displacement from the centre, as an expert's would be.
+    """A square wanders over the picture; the action is its displacement from the centre, as an expert's is.
 
     14 episodes of 30 frames for training, 6 for validation, one constant action dimension, camera "wrist".
     """
@@ -117,7 +119,8 @@ class FakeData:
     def __init__(self, path, chunk, cameras=None, split="all", text_encoder=None):
         if text_encoder != "hash":
             raise InputError(f"{path} was embedded with hash, not {text_encoder}")
-        self.chunk, self.cameras, self.episodes = chunk, list(cameras or self.CAMERAS), list(self.EPISODES[split])
+        self.chunk, self.cameras, self.episodes = (
+            chunk, list(cameras or self.CAMERAS), list(self.EPISODES[split]))
         self.num_episodes = len(self.episodes)
 
     def __len__(self):
@@ -125,7 +128,8 @@ class FakeData:
 
     def __getitem__(self, i):
         episode, t = self.episodes[i // 29], i % 29
-        where = np.clip(np.cumsum(RNG(episode).normal(size=(30, 2)), 0) + RNG(episode + 100).uniform(3, 11, 2), 1, 13)
+        where = np.clip(np.cumsum(RNG(episode).normal(size=(30, 2)), 0)
+                        + RNG(episode + 100).uniform(3, 11, 2), 1, 13)
         picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
         y, x = where[t].astype(int)
         picture[:, y - 1:y + 2, x - 1:x + 2] = 255
@@ -136,13 +140,13 @@ class FakeData:
                 "episode": episode, "t": t, "instruction_id": 0}
 
 
-CONFIG = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=None, action_dim=7,
-              latent_dim=3, latent_norm=True, head="latent", proprio_dropout=0.0,
+CONFIG = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=None,
+              action_dim=7, latent_dim=3, latent_norm=True, head="latent", proprio_dropout=0.0,
               **(BAKU.SIZES["tiny"] | dict(width=32, layers=1, heads=2, channels=16)))
 
 
 def write_checkpoint(path, steps=0, **changes):
-    """A policy that for `steps` optimiser steps was told where the square is, as a good world model would tell it."""
+    """A policy that for `steps` optimiser steps was told where the square is, as by a good world model."""
     torch.manual_seed(9)
     policy, data = make_policy(CONFIG), FakeData("", 4, split="train", text_encoder="hash")
     if steps:
@@ -155,7 +159,8 @@ def write_checkpoint(path, steps=0, **changes):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    checkpoint = dict(stage="pretrain", step=steps, config=CONFIG, policy=policy.state_dict(), text_encoder="hash")
+    checkpoint = dict(stage="pretrain", step=steps, config=CONFIG, policy=policy.state_dict(),
+                      text_encoder="hash")
     save_checkpoint(path, checkpoint | changes)
     return str(path)
 
@@ -166,11 +171,13 @@ def fake_data(monkeypatch):
 
 
 def analysis(tmp_path, checkpoint, *flags):
-    cca.main(["--checkpoint", checkpoint, "--out", str(tmp_path), "--overwrite", "--max-windows", "400", *flags])
+    cca.main(["--checkpoint", checkpoint, "--out", str(tmp_path), "--overwrite", "--max-windows", "400",
+              *flags])
     return json.loads((tmp_path / "cca.json").read_text())
 
 
-def test_latents_that_know_where_the_square_is_gain_over_random_weights_and_untrained_ones_do_not(tmp_path, capsys):
+def test_latents_that_know_where_the_square_is_gain_over_random_weights_and_untrained_ones_do_not(tmp_path,
+                                                                                                  capsys):
     good = analysis(tmp_path, write_checkpoint(tmp_path / "good.pt", steps=60))
     low, high = good["gain_over_random"]["mean_interval"]
     assert good["pretrained"]["mean"] > 0.8 and low > 0
@@ -183,12 +190,13 @@ def test_latents_that_know_where_the_square_is_gain_over_random_weights_and_untr
 
     fresh = analysis(tmp_path, write_checkpoint(tmp_path / "fresh.pt"))
     low, high = fresh["gain_over_random"]["mean_interval"]
-    assert low < 0 < high                                  # warning 2: random weights correlate, and gain nothing
+    assert low < 0 < high                           # warning 2: random weights correlate, and gain nothing
     assert fresh["random"]["mean"] > 0.2
 
 
 def test_whole_chunks_leave_out_padded_windows(tmp_path):
-    result = analysis(tmp_path, write_checkpoint(tmp_path / "last.pt"), "--steps", "chunk", "--random-policies", "1")
+    result = analysis(tmp_path, write_checkpoint(tmp_path / "last.pt"), "--steps", "chunk",
+                      "--random-policies", "1")
     assert result["held_out"] == {"episodes": 6, "windows": 6 * (29 - 3)}
     assert len(result["pretrained"]["held_out"]) == 4 * 2
     assert result["constant_actions"] == [f"still of k={k}" for k in range(4)]
@@ -197,8 +205,9 @@ def test_whole_chunks_leave_out_padded_windows(tmp_path):
 def test_the_same_seed_gives_the_same_numbers_and_a_result_is_not_overwritten_unasked(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "last.pt")
     a, b = (analysis(tmp_path, checkpoint, "--smoke") for _ in range(2))
-    assert {k: v for k, v in a.items() if k != "provenance"} == {k: v for k, v in b.items() if k != "provenance"}
-    assert a["args"]["random_policies"] == 1 and a["args"]["max_windows"] == 400      # the preset, and the flag over it
+    assert ({k: v for k, v in a.items() if k != "provenance"}
+            == {k: v for k, v in b.items() if k != "provenance"})
+    assert a["args"]["random_policies"] == 1 and a["args"]["max_windows"] == 400    # the preset, and the flag
     with pytest.raises(InputError, match="--overwrite"):
         cca.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
 
@@ -230,7 +239,8 @@ def test_what_cannot_be_analysed_is_refused_with_a_way_out(tmp_path, monkeypatch
 
     refused("NaN or infinity in 1 tensors .first: action_token", checkpoint=tmp_path / "broken.pt")
     refused("finetuned on actions", checkpoint=write_checkpoint(tmp_path / "fine.pt", stage="finetune"))
-    refused("embedded with hash, not minilm", checkpoint=write_checkpoint(tmp_path / "text.pt", text_encoder="minilm"))
+    refused("embedded with hash, not minilm",
+            checkpoint=write_checkpoint(tmp_path / "text.pt", text_encoder="minilm"))
     refused("too few for 3 . 2 dimensions", "--max-windows", "5")
     refused("--bootstrap takes 1 or more", "--bootstrap", "0")
     monkeypatch.setitem(FakeData.EPISODES, "val", [14])

@@ -1,4 +1,4 @@
-"""Claims of evaluate.py: a stopped evaluation ends in the same numbers, rollouts are honest, statistics are right."""
+"""Claims of evaluate.py: a stopped evaluation ends in the same numbers, rollouts and statistics are right."""
 import json
 import os
 
@@ -17,11 +17,12 @@ class FakeTask:
         self.instruction, self.max_steps = instruction, max_steps
 
 
-TASKS = {"push": FakeTask("push the cup"), "pull": FakeTask("pull the cup"), "lift": FakeTask("lift the cup", 30)}
+TASKS = {"push": FakeTask("push the cup"), "pull": FakeTask("pull the cup"),
+         "lift": FakeTask("lift the cup", 30)}
 
 
 class FakeEnv:
-    """A point on a line that has to pass a mark; the mark follows from (task, seed). The picture shows the point."""
+    """A point on a line has to pass a mark, which follows from (task, seed). The picture shows the point."""
     resets, stop_after = [], None       # of all instances; reset number stop_after is a Ctrl-C
 
     def __init__(self, cameras, image_size, spread):
@@ -61,22 +62,22 @@ class FakeExpert:
 def bench(monkeypatch):
     FakeEnv.resets, FakeEnv.stop_after = [], None
     limit = np.full(7, 0.02)
-    fake = evaluate.Benchmark(FakeEnv, TASKS, ("front",), FakeExpert, np.zeros(7), -limit, limit, 1_000_000, 20,
-                              "fake 1")
+    fake = evaluate.Benchmark(FakeEnv, TASKS, ("front",), FakeExpert, np.zeros(7), -limit, limit, 1_000_000,
+                              20, "fake 1")
     monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake)
     return fake
 
 
 def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", **data):
     torch.manual_seed(seed)
-    config = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7, action_dim=7,
-                  latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
+    config = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7,
+                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
                   **(BAKU.SIZES["tiny"] | dict(width=16, layers=1, heads=2, channels=8)))
     policy = make_policy(config)
     if head == "action":
         policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
-    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(), text_encoder="hash",
-                               data={"instructions": list(instructions), **data}))
+    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(),
+                               text_encoder="hash", data={"instructions": list(instructions), **data}))
     return str(path)
 
 
@@ -89,7 +90,7 @@ def run(out, *flags):
     return results
 
 
-# ---- resuming --------------------------------------------------------------------------------------------------------
+# ---- resuming --------------------------------------------------------------------------------------------
 
 
 def test_a_killed_evaluation_ends_in_the_same_numbers_and_repeats_no_finished_episode(tmp_path):
@@ -120,10 +121,10 @@ def test_an_episode_does_not_depend_on_those_before_it(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "last.pt")
     for what in (checkpoint, "random"):
         name = what[-4:]
-        one = run(tmp_path / f"one{name}", "--checkpoint", what, "--tasks", "push,lift", "--no-controls", "--episodes",
-                  "4")
-        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--seed", "2", "--no-controls",
-                    "--episodes", "2")
+        one = run(tmp_path / f"one{name}", "--checkpoint", what, "--tasks", "push,lift", "--no-controls",
+                  "--episodes", "4")
+        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--seed", "2",
+                    "--no-controls", "--episodes", "2")
         (a,), (b,) = one["arms"].values(), other["arms"].values()
         assert a["tasks"]["lift"]["episodes"][2:] == b["tasks"]["lift"]["episodes"]
 
@@ -147,7 +148,7 @@ def test_results_are_never_mixed_or_overwritten_unasked(tmp_path):
         run(out, *flags, "--resume")
 
 
-# ---- the rollout -----------------------------------------------------------------------------------------------------
+# ---- the rollout -----------------------------------------------------------------------------------------
 
 
 def counting_policy(asked, n=4):
@@ -184,7 +185,7 @@ def test_temporal_ensembling_online_is_the_average_one_would_compute_offline():
         evaluate.rollout(env, counting_policy(asked), chunker, "push", 1)
     expected = []
     for now in range(7):
-        live = [(t + (now - t) / 10) for t in range(now + 1) if now - t < 4]          # what each chunk says about now
+        live = [(t + (now - t) / 10) for t in range(now + 1) if now - t < 4]        # each chunk's word on now
         weights = np.exp(-0.3 * np.arange(len(live)))
         expected.append(np.dot(weights, live) / weights.sum())
     assert asked == [*range(7), *range(7)]
@@ -203,16 +204,17 @@ def test_rollout_stops_at_success_and_at_max_steps(bench):
 def test_the_policy_sees_pictures_as_the_dataset_stores_them(tmp_path):
     policy, _ = evaluate.load_policy(write_checkpoint(tmp_path / "last.pt"))
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    obs = {"images": {"front": picture[::-1], "side": picture}, "proprio": np.arange(7.0)}      # negative stride
+    obs = {"images": {"front": picture[::-1], "side": picture}, "proprio": np.arange(7.0)}   # negative stride
     batch = evaluate.to_batch(obs, np.ones(512, np.float32), policy, "cpu")
     assert list(batch["images"]) == ["front"]
     assert np.array_equal(batch["images"]["front"][0], picture[::-1].transpose(2, 0, 1))
     assert batch["proprio"].shape == (1, 7) and batch["proprio"].dtype == torch.float32
     with pytest.raises(InputError, match="cameras"):
-        policy.act(evaluate.to_batch({**obs, "images": {"side": picture}}, np.ones(512, np.float32), policy, "cpu"))
+        policy.act(evaluate.to_batch({**obs, "images": {"side": picture}}, np.ones(512, np.float32), policy,
+                                     "cpu"))
 
 
-# ---- what is evaluated, on which starts ------------------------------------------------------------------------------
+# ---- what is evaluated, on which starts ------------------------------------------------------------------
 
 
 def test_tasks_and_spread_come_from_the_checkpoint_unless_flags_say_otherwise(tmp_path, capsys):
@@ -233,7 +235,8 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
     broken = torch.load(good, weights_only=True)
     broken["policy"]["action_token"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
-    for flags, message in ((("--checkpoint", latent), "finetune it first"), (("--checkpoint", foreign), "--tasks"),
+    for flags, message in ((("--checkpoint", latent), "finetune it first"),
+                           (("--checkpoint", foreign), "--tasks"),
                            (("--checkpoint", str(tmp_path / "broken.pt")), "NaN"),
                            (("--checkpoint", good, "--seed", "-1"), "training starts"),
                            (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
@@ -257,16 +260,16 @@ def test_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
     episodes = results["arms"]["random"]["tasks"]["push"]["episodes"][:2]
     assert films == [f"push_{e['seed']}_{'success' if e['success'] else 'failure'}.mp4" for e in episodes]
     video = cv2.VideoCapture(str(tmp_path / "videos" / films[0]))
-    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == episodes[0]["steps"] + 1 + 10            # the end stands still
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == episodes[0]["steps"] + 1 + 10    # the end stands still
     assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k, n, low, high", [
-    (10, 10, 69.2, 100), (94, 100, 87.4, 97.8), (99, 100, 94.6, 100), (389, 400, 95.1, 98.6), (823, 900, 89.4, 93.2),
-    (475, 500, 92.7, 96.7), (1945, 2000, 96.4, 97.9)])
+    (10, 10, 69.2, 100), (94, 100, 87.4, 97.8), (99, 100, 94.6, 100), (389, 400, 95.1, 98.6),
+    (823, 900, 89.4, 93.2), (475, 500, 92.7, 96.7), (1945, 2000, 96.4, 97.9)])
 def test_exact_intervals_are_the_published_ones(k, n, low, high):
     interval = evaluate.rate_with_intervals(k, n)["clopper_pearson"]
     assert np.allclose(np.multiply(interval, 100), [low, high], atol=0.06)
@@ -283,7 +286,7 @@ def test_mcnemar_counts_only_pairs_that_differ():
     other = [False] * 10 + [True] * 2 + [True] * 15 + [False] * 3
     test = evaluate.mcnemar(ours, other)
     assert (test["only_ours"], test["only_other"], test["both"], test["neither"]) == (10, 2, 15, 3)
-    assert test["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)              # two-sided sign test of 2 in 12
+    assert test["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)        # two-sided sign test, 2 in 12
     assert test["difference"] == pytest.approx(8 / 30)
     assert evaluate.mcnemar([True] * 5, [True] * 5)["p_value"] == 1
 
@@ -296,10 +299,11 @@ def test_detectable_difference_is_found_four_times_in_five():
     for difference in (least, least - 2 / n):
         share = discordant / n
         pairs = rng.multinomial(n, [(share + difference) / 2, (share - difference) / 2, 1 - share], 2000)
-        table = {(a, b): binomtest(a, a + b).pvalue < 0.05 for a, b in {(int(a), int(b)) for a, b, _ in pairs}}
+        table = {(a, b): binomtest(a, a + b).pvalue < 0.05
+                 for a, b in {(int(a), int(b)) for a, b, _ in pairs}}
         power.append(np.mean([table[int(a), int(b)] for a, b, _ in pairs]))
     assert 0.78 < power[0] and power[1] < 0.8
-    assert evaluate.detectable_difference(5, 2) is None    # five pairs that all go one way still have p = 0.06
+    assert evaluate.detectable_difference(5, 2) is None    # five pairs all going one way still have p = 0.06
 
 
 def test_two_policies_meet_on_the_same_starts(tmp_path):
@@ -313,7 +317,7 @@ def test_two_policies_meet_on_the_same_starts(tmp_path):
     assert results["comparison"] | evaluate.mcnemar(ours, other) == results["comparison"]
 
 
-# ---- the twin itself -------------------------------------------------------------------------------------------------
+# ---- the twin itself -------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
@@ -321,13 +325,14 @@ def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_f
     twin = evaluate.ENVIRONMENTS["twin"]
     instruction = twin.tasks["stack_cups"].instruction
     arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt", instructions=[instruction]), twin, "cpu")
-    env, film, chunker = twin.make(arm.cameras, arm.image_size, 0.5), evaluate.Film(twin, 0.5, [], 64), ActionChunker(4)
+    env, film, chunker = (twin.make(arm.cameras, arm.image_size, 0.5), evaluate.Film(twin, 0.5, [], 64),
+                          ActionChunker(4))
     film.start("stack_cups", 1_000_000)
 
     def actions(on_action=None):
         done = []
-        evaluate.rollout(env, arm.policy_for(env, "stack_cups", 1_000_000), chunker, "stack_cups", 1_000_000, 12,
-                         lambda action: (done.append(action), on_action and on_action(action)))
+        evaluate.rollout(env, arm.policy_for(env, "stack_cups", 1_000_000), chunker, "stack_cups", 1_000_000,
+                         12, lambda action: (done.append(action), on_action and on_action(action)))
         return np.array(done)
 
     first = actions()

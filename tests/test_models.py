@@ -13,17 +13,19 @@ B, N = 6, 5
 
 
 def config(head="latent", cameras=("front",), proprio_dim=None, latent_norm=True, **more):
-    return {**dict(policy="baku", cameras=list(cameras), image_size=32, chunk=N, text_dim=16, proprio_dim=proprio_dim, action_dim=7,
-                   latent_dim=7, latent_norm=latent_norm, head=head, proprio_dropout=0.0), **TINY, **more}
+    return {**dict(policy="baku", cameras=list(cameras), image_size=32, chunk=N, text_dim=16,
+                   proprio_dim=proprio_dim, action_dim=7, latent_dim=7, latent_norm=latent_norm, head=head,
+                   proprio_dropout=0.0), **TINY, **more}
 
 
 def world(predict="posterior", **more):
-    return m.WorldModel({**dict(size="tiny", image_size=32, action_dim=7, predict=predict, motion_weight=0.0, free_bits=0.0,
-                                decode_steps=0), **more})
+    return m.WorldModel({**dict(size="tiny", image_size=32, action_dim=7, predict=predict, motion_weight=0.0,
+                                free_bits=0.0, decode_steps=0), **more})
 
 
 def observation(cameras=("front",), proprio=False):
-    obs = {"images": {c: torch.randint(0, 255, (B, 3, 32, 32), dtype=torch.uint8) for c in cameras}, "instruction": torch.randn(B, 16)}
+    obs = {"images": {c: torch.randint(0, 255, (B, 3, 32, 32), dtype=torch.uint8) for c in cameras},
+           "instruction": torch.randn(B, 16)}
     return {**obs, "proprio": torch.randn(B, 7)} if proprio else obs
 
 
@@ -39,7 +41,8 @@ def seed():
 def test_world_model_loss_reaches_every_policy_parameter(policy, latent_norm, predict):
     policy = m.make_policy(config(latent_norm=latent_norm) | {"policy": policy})
     images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    loss, _ = world(predict).loss(images, policy.latent_actions(observation()), torch.zeros(B, N, dtype=torch.bool))
+    loss, _ = world(predict).loss(images, policy.latent_actions(observation()),
+                                  torch.zeros(B, N, dtype=torch.bool))
     loss.backward()
     for name, p in policy.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"no gradient reaches {name}"
@@ -62,7 +65,8 @@ def test_kl_and_unimix_agree_with_torch_distributions():
     torch.testing.assert_close(m.kl_categorical(p, q), reference)
     torch.testing.assert_close(m.kl_categorical(p, p), torch.zeros(4))
     certain = m.unimix(torch.tensor([[[1e4, 0.0]]]))
-    assert m.kl_categorical(certain, certain.flip(-1)).isfinite().all(), "a saturated categorical must not give infinite KL"
+    assert m.kl_categorical(certain, certain.flip(-1)).isfinite().all(), (
+        "a saturated categorical must not give infinite KL")
 
 
 def test_straight_through_sample_is_one_hot_and_has_the_gradient_of_the_probabilities():
@@ -71,7 +75,8 @@ def test_straight_through_sample_is_one_hot_and_has_the_gradient_of_the_probabil
     log_probs = m.unimix(logits).requires_grad_()
     sample, weight = m.sample_straight_through(log_probs), torch.randn(4)
     torch.testing.assert_close(sample.detach().sum(-1), torch.ones(2000, 1))
-    assert (sample.detach().mean((0, 1)) - log_probs[0, 0].exp()).abs().max() < 0.04, "frequencies must be the probabilities"
+    assert (sample.detach().mean((0, 1)) - log_probs[0, 0].exp()).abs().max() < 0.04, (
+        "frequencies must be the probabilities")
     (sample * weight).sum().backward()
     torch.testing.assert_close(log_probs.grad, weight * log_probs.exp().detach())
 
@@ -79,13 +84,14 @@ def test_straight_through_sample_is_one_hot_and_has_the_gradient_of_the_probabil
 def test_block_gru_with_one_block_is_a_plain_gru():
     size = {**m.WORLD_MODEL_SIZES["tiny"], "blocks": 1}
     rssm = m.RSSM(size, 8, 7)
-    state, action = {"deter": torch.randn(B, 256).tanh(), "stoch": torch.randn(B, 16, 8)}, torch.rand(B, 7)
+    state, action = {"deter": torch.randn(B, 256).tanh(), "stoch": torch.randn(B, 32, 16)}, torch.rand(B, 7)
     h = state["deter"]
     x = torch.cat([h, rssm.in_deter(h), rssm.in_stoch(state["stoch"].flatten(1)), rssm.in_action(action)], -1)
     x = torch.nn.functional.silu(rssm.hidden_norm(x @ rssm.hidden.weight[0] + rssm.hidden.bias[0]))
     r, c, u = (x @ rssm.gates.weight[0] + rssm.gates.bias[0]).chunk(3, -1)
     u = torch.sigmoid(u - 1)
-    torch.testing.assert_close(rssm.sequence(state, action), u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h)
+    torch.testing.assert_close(rssm.sequence(state, action),
+                               u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h)
 
 
 def test_states_do_not_see_the_future():
@@ -97,7 +103,8 @@ def test_states_do_not_see_the_future():
     for i, a in ((images, actions), (changed, later)):
         torch.manual_seed(1)
         runs.append(model.observe(i, a)[1]["logits"])
-    assert torch.equal(runs[0][:, :3], runs[1][:, :3]), "frames from o_4 and actions from a_3 on must not reach states 1 to 3"
+    assert torch.equal(runs[0][:, :3], runs[1][:, :3]), (
+        "frames from o_4 and actions from a_3 on must not reach states 1 to 3")
     assert not torch.equal(runs[0][:, 3], runs[1][:, 3])
 
 
@@ -141,7 +148,8 @@ def test_world_model_takes_only_sizes_it_can_halve():
 
 def test_policy_loss_ignores_padded_steps():
     policy = m.make_policy(config("action"))
-    batch = {"obs": observation(), "actions": torch.rand(B, N, 7), "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+    batch = {"obs": observation(), "actions": torch.rand(B, N, 7),
+             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
     batch["is_pad"][:, 2:] = True
     first = policy.loss(batch)[0]
     batch["actions"][:, 2:] = 99.0
@@ -150,7 +158,8 @@ def test_policy_loss_ignores_padded_steps():
 
 def test_loss_is_the_negative_log_likelihood_of_eq_6():
     policy = m.make_policy(config("action")).eval()
-    batch = {"obs": observation(), "actions": torch.rand(B, N, 7), "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+    batch = {"obs": observation(), "actions": torch.rand(B, N, 7),
+             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
     mean = policy.action_norm.normalize(policy.act(batch["obs"]))
     reference = -torch.distributions.Normal(mean, policy.STD).log_prob(batch["actions"]).mean()
     torch.testing.assert_close(policy.loss(batch)[0].detach(), reference)
@@ -158,11 +167,15 @@ def test_loss_is_the_negative_log_likelihood_of_eq_6():
 
 def test_forward_does_not_change_the_batch():
     policy = m.make_policy(config("action", ("front", "side"), 7)).eval()
-    batch = {"obs": observation(("front", "side"), True), "actions": torch.rand(B, N, 7), "is_pad": torch.zeros(B, N, dtype=torch.bool)}
-    before = {"front": batch["obs"]["images"]["front"].clone(), "proprio": batch["obs"]["proprio"].clone(), "actions": batch["actions"].clone()}
+    batch = {"obs": observation(("front", "side"), True), "actions": torch.rand(B, N, 7),
+             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+    before = {"front": batch["obs"]["images"]["front"].clone(), "proprio": batch["obs"]["proprio"].clone(),
+              "actions": batch["actions"].clone()}
     policy.loss(batch), policy.act(batch["obs"])
-    assert torch.equal(batch["obs"]["images"]["front"], before["front"]) and torch.equal(batch["obs"]["proprio"], before["proprio"])
-    assert torch.equal(batch["actions"], before["actions"]) and set(batch["obs"]["images"]) == {"front", "side"}
+    assert (torch.equal(batch["obs"]["images"]["front"], before["front"])
+            and torch.equal(batch["obs"]["proprio"], before["proprio"]))
+    assert (torch.equal(batch["actions"], before["actions"])
+            and set(batch["obs"]["images"]) == {"front", "side"})
 
 
 def test_policy_reads_instruction_every_camera_and_proprio():
@@ -178,9 +191,10 @@ def test_policy_reads_instruction_every_camera_and_proprio():
 
 def test_policy_overfits_eight_demonstrations():
     policy = m.make_policy(config("action", ("front",), 7, dropout=0.0))
-    obs = {"images": {"front": torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)}, "instruction": torch.randn(8, 16),
-           "proprio": torch.randn(8, 7)}
-    batch = {"obs": obs, "actions": torch.rand(8, N, 7) * 2 - 1, "is_pad": torch.zeros(8, N, dtype=torch.bool)}
+    obs = {"images": {"front": torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)},
+           "instruction": torch.randn(8, 16), "proprio": torch.randn(8, 7)}
+    batch = {"obs": obs, "actions": torch.rand(8, N, 7) * 2 - 1,
+             "is_pad": torch.zeros(8, N, dtype=torch.bool)}
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for _ in range(250):
         optimizer.zero_grad()
@@ -196,13 +210,16 @@ def test_normalizer_comes_back_and_keeps_constant_dimensions():
     x = torch.tensor([[-0.01, 9.0, 2.0], [0.01, 7.0, 2.0]])
     torch.testing.assert_close(norm.normalize(x), torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(norm.unnormalize(norm.normalize(x)), x)
-    assert norm.unnormalize(torch.full((1, 3), 0.7))[0, 2] == 2.0, "a constant dimension stays constant whatever the policy says"
+    assert norm.unnormalize(torch.full((1, 3), 0.7))[0, 2] == 2.0, (
+        "a constant dimension stays constant whatever the policy says")
 
 
 def test_wrong_observations_are_one_clear_line():
     policy = m.make_policy(config("action", ("front", "side"), 7)).eval()
-    for obs, words in ((observation(("front",), True), "cameras"), (observation(("front", "side")), "proprioception"),
-                       ({**observation(("front", "side"), True), "instruction": torch.randn(B, 9)}, "width 16, got 9")):
+    for obs, words in ((observation(("front",), True), "cameras"),
+                       (observation(("front", "side")), "proprioception"),
+                       ({**observation(("front", "side"), True), "instruction": torch.randn(B, 9)},
+                        "width 16, got 9")):
         with pytest.raises(m.InputError, match=words):
             policy.act(obs)
     with pytest.raises(m.InputError, match="no latent actions"):
@@ -225,7 +242,8 @@ def test_hash_embedding_is_the_same_everywhere_and_tells_tasks_apart():
     a, b, c = encoder(["Stack the blue cup!", "stack the blue cup", "stack the white cup"])
     assert a.shape == (512,) and a.dtype == np.float32
     assert np.array_equal(a, b) and a @ c < 0.9
-    assert np.flatnonzero(encoder(["cup"])[0]).tolist() == [228], "CRC-32 of the word, not Python's salted hash"
+    assert np.flatnonzero(encoder(["cup"])[0]).tolist() == [228], (
+        "CRC-32 of the word, not Python's salted hash")
     with pytest.raises(m.InputError, match="hash, minilm, clip"):
         m.TextEncoder("bert")
 
@@ -252,7 +270,8 @@ def test_temporal_ensembling_online_equals_offline(decay):
         weights = np.exp(-decay * np.arange(len(votes)))
         np.testing.assert_allclose(online[t], np.average(votes, axis=0, weights=weights))
     chunker.reset()
-    np.testing.assert_allclose(chunker.step(lambda: chunks[0]), chunks[0][0], err_msg="reset must forget the last episode")
+    np.testing.assert_allclose(chunker.step(lambda: chunks[0]), chunks[0][0],
+                               err_msg="reset must forget the last episode")
 
 
 # ---- checkpoints ----
@@ -267,7 +286,8 @@ def test_finetuning_keeps_the_trunk_and_renews_the_last_layer():
     source, target = pretrained(), m.make_policy(config("action", ("front", "side"), 7))
     names = m.init_from_pretrained(target, source.state_dict(), "x.pt")
     assert torch.equal(target.trunk[0].qkv.weight, source.trunk[0].qkv.weight)
-    assert {k.split(".")[0] for k in names["new"]} == {"action_out", "action_norm", "proprio_norm", "proprio_encoder", "camera_embedding"}
+    assert {k.split(".")[0] for k in names["new"]} == {
+        "action_out", "action_norm", "proprio_norm", "proprio_encoder", "camera_embedding"}
     assert {k.split(".")[0] for k in names["unused"]} == {"latent_out", "latent_norm"}
     again = m.make_policy(config("action", ("front", "side"), 7))
     names = m.init_from_pretrained(again, target.state_dict(), "y.pt")
@@ -290,13 +310,15 @@ def test_another_architecture_is_an_error_that_names_the_tensors():
 
 def test_checkpoint_round_trip_and_interrupted_write(tmp_path, monkeypatch):
     policy = m.make_policy(config("action")).eval()
-    checkpoint = dict(stage="finetune", step=3, config=policy.config, policy=policy.state_dict(), args={"lr": 0.1})
+    checkpoint = dict(stage="finetune", step=3, config=policy.config, policy=policy.state_dict(),
+                      args={"lr": 0.1})
     m.save_checkpoint(tmp_path / "last.pt", checkpoint)
     loaded, _ = m.load_policy(tmp_path / "last.pt")
     obs = observation()
     assert torch.equal(loaded.act(obs), policy.act(obs))
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(m.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(m.os, "fsync",
+                        lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         m.save_checkpoint(tmp_path / "last.pt", {**checkpoint, "step": 4})
     assert (tmp_path / "last.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
@@ -308,7 +330,8 @@ def test_foreign_files_are_refused_and_not_executed(tmp_path):
             return (open, (str(tmp_path / "executed"), "w"))
     torch.save({"stage": "pretrain", "x": Payload()}, tmp_path / "evil.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in (("evil.pt", "not a checkpoint"), ("text.pt", "not a checkpoint"), ("absent.pt", "no checkpoint at")):
+    for name, words in (("evil.pt", "not a checkpoint"), ("text.pt", "not a checkpoint"),
+                        ("absent.pt", "no checkpoint at")):
         with pytest.raises(m.InputError, match=words):
             m.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
@@ -323,7 +346,8 @@ def test_only_models_py_saves_and_loads_checkpoints():
 # ---- sizes ----
 
 def test_sizes_are_the_papers():
-    paper = config("action", ("front", "side"), 5, image_size=128, text_dim=512, chunk=10) | m.BAKU.SIZES["paper"]
+    paper = (config("action", ("front", "side"), 5, image_size=128, text_dim=512, chunk=10)
+             | m.BAKU.SIZES["paper"])
     assert 6.5e6 < m.count(m.make_policy(paper)) < 8e6, "BAKU has about 7M parameters"
 
 

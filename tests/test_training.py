@@ -1,4 +1,4 @@
-"""Claims of pretrain.py and finetune.py: the stages run and learn, resume to the bit, and refuse what cannot be."""
+"""Claims of pretrain.py and finetune.py: they run and learn, resume to the bit, and refuse what cannot be."""
 import json
 from pathlib import Path
 
@@ -17,7 +17,8 @@ def weights(run):
 
 
 def pre(data, out, *flags):
-    pretrain.main(["--smoke", "--data", data.video, "--probe-data", data.robot, "--out", str(out), "--device", "cpu", *flags])
+    pretrain.main(["--smoke", "--data", data.video, "--probe-data", data.robot, "--out", str(out),
+                   "--device", "cpu", *flags])
 
 
 def fine(data, out, *flags):
@@ -50,12 +51,13 @@ def test_pretraining_resumed_equals_uninterrupted_to_the_bit(data, pretrained, t
         with pytest.raises(KeyboardInterrupt):
             pre(data, tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 6, "loss": 0.0}\n{"step": 6, "lo')                         # lines from after the checkpoint, one torn
+        f.write('{"step": 6, "loss": 0.0}\n{"step": 6, "lo')        # lines after the checkpoint, one torn
     pre(data, tmp_path / "run", "--resume")
     for part in ("policy", "world_model"):
         a, b = (models.load_checkpoint(p)[part] for p in (pretrained, tmp_path / "run" / "last.pt"))
         assert all(torch.equal(a[k], b[k]) for k in a), f"{part} differs after resume"
-    drop = lambda run: [{k: v for k, v in line.items() if k != "waiting"} for line in metrics(run)]   # noqa: E731
+    drop = lambda run: [{k: v for k, v in line.items() if k != "waiting"}   # noqa: E731
+                        for line in metrics(run)]
     assert drop(tmp_path / "run") == drop(pretrained.parent)
 
 
@@ -98,7 +100,7 @@ def test_shuffling_stays_within_the_instruction_and_moves_every_row_that_has_a_p
 
 
 def test_shuffle_ratio_sees_whether_the_world_model_uses_the_latents():
-    """A stand-in world model whose error is |a - truth| uses its actions: ratio above 1. One that ignores them: exactly 1."""
+    """A stand-in with error |a - truth| uses its actions: ratio above 1. One that ignores them: exactly 1."""
     class World:
         config = {"predict": "prior"}
         uses = True
@@ -116,12 +118,15 @@ def test_shuffle_ratio_sees_whether_the_world_model_uses_the_latents():
 
     frames = torch.randint(0, 255, (8, 4, 3, 4, 4), dtype=torch.uint8)
     z = frames[:, 1:, 0, 0, :1].float() / 255
-    batch = {"frames": frames, "obs": {"z": z}, "is_pad": torch.zeros(8, 3, dtype=torch.bool), "instruction_id": torch.arange(8) % 2}
+    batch = {"frames": frames, "obs": {"z": z}, "is_pad": torch.zeros(8, 3, dtype=torch.bool),
+             "instruction_id": torch.arange(8) % 2, "episode": torch.arange(8) // 4}
     world = World()
     used = pretrain.latent_action_report(Policy(), world, batch, 0)
     world.uses = False
     ignored = pretrain.latent_action_report(Policy(), world, batch, 0)
-    assert used["shuffle_ratio"] > 1.5 and ignored["shuffle_ratio"] == 1 and ignored["zero_ratio/open_loop"] == 1
+    assert (used["shuffle_ratio"] > 1.5 and ignored["shuffle_ratio"] == 1
+            and ignored["zero_ratio/open_loop"] == 1)
+    assert used["shuffle_ratio/episode"] > 1.5 and ignored["shuffle_ratio/episode"] == 1
 
 
 def test_pretraining_reports_every_metric_and_draws_the_strip(pretrained):
@@ -129,13 +134,15 @@ def test_pretraining_reports_every_metric_and_draws_the_strip(pretrained):
     assert {"z_std", "shuffle_ratio", "probe_r2", "copy_ratio"} <= set(lines[0]) and lines[0]["step"] == 0
     assert {"loss", "recon", "open_loop", "kl_dyn", "kl_rep", "grad_norm/policy", "waiting"} <= set(lines[1])
     picture = pretrain.cv2.imread(str(pretrained.parent / "open_loop.png"))
-    assert picture.shape[:2] == (4 * 3 * 32 * 2, 11 * 32 * 2), "4 clips x (truth, imagined, error), 11 frames, scale 2"
+    assert picture.shape[:2] == (4 * 3 * 32 * 2, 11 * 32 * 2), (
+        "4 clips x (truth, imagined, error), 11 frames, scale 2")
 
 
 def test_pretraining_learns(data, tmp_path):
-    """On the moving square, whose next frames follow from the picture: the loss falls and the world model uses the latents."""
-    pretrain.main(["--data", data.video, "--probe-data", "none", "--out", str(tmp_path), "--device", "cpu", "--steps", "150",
-                   "--batch-size", "16", "--log-every", "25", "--eval-every", "1000", "--save-every", "1000", "--eval-windows", "64"])
+    """Next frames of the moving square follow from the picture: the loss falls and the latents are used."""
+    pretrain.main(["--data", data.video, "--probe-data", "none", "--out", str(tmp_path), "--device", "cpu",
+                   "--steps", "150", "--batch-size", "16", "--log-every", "25", "--eval-every", "1000",
+                   "--save-every", "1000", "--eval-windows", "64"])
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0], losses
@@ -145,8 +152,8 @@ def test_pretraining_learns(data, tmp_path):
 # ---- finetuning ----
 
 def test_finetuning_beats_chance_and_reports_units(data, pretrained, tmp_path):
-    finetune.main(["--data", data.robot, "--init", str(pretrained), "--out", str(tmp_path), "--device", "cpu", "--steps", "80",
-                   "--batch-size", "16", "--eval-every", "80", "--shift", "0"])
+    finetune.main(["--data", data.robot, "--init", str(pretrained), "--out", str(tmp_path), "--device", "cpu",
+                   "--steps", "150", "--batch-size", "16", "--eval-every", "150", "--shift", "0"])
     lines = metrics(tmp_path)
     stats = json.loads((Path(data.robot) / "dataset.json").read_text())["statistics"]["actions"]
     last = [line for line in lines if "val_l1/0" in line][-1]
@@ -158,7 +165,8 @@ def test_finetuning_says_what_is_new(data, pretrained, tmp_path, capsys):
     fine(data, tmp_path, "--init", str(pretrained))
     text = capsys.readouterr().out
     new = next(line for line in text.splitlines() if line.startswith("new"))
-    assert "action_out.weight" in new and "camera_embedding.1" in new and "proprio_encoder.0.weight" in new and "trunk" not in new
+    assert ("action_out.weight" in new and "camera_embedding.1" in new
+            and "proprio_encoder.0.weight" in new and "trunk" not in new)
 
 
 def test_demos_per_task_and_scratch(data, tmp_path, capsys):
@@ -179,21 +187,30 @@ def test_bad_input_is_one_line_and_writes_nothing(data, pretrained, tmp_path):
         (lambda: fine(data, out, "--init", str(pretrained), "--policy", "baku"), "goes with --init scratch"),
         (lambda: fine(data, out, "--init", "scratch", "--chunk", "50"), "chunk of 50"),
         (lambda: fine(data, out, "--init", "scratch", "--head", "add"), "needs --init CHECKPOINT"),
-        (lambda: fine(data, out, "--init", "scratch", "--demos-per-task", "500"), "500 demonstrations per task"),
-        (lambda: finetune.main(["--smoke", "--data", data.video, "--init", "scratch", "--out", str(out)]), "video only"),
+        (lambda: fine(data, out, "--init", "scratch", "--demos-per-task", "500"),
+         "500 demonstrations per task"),
+        (lambda: finetune.main(["--smoke", "--data", data.video, "--init", "scratch", "--out", str(out)]),
+         "video only"),
         (lambda: pre(data, out, "--chunk", "40"), "chunk of 40"),
         (lambda: pre(data, out, "--policy-size", "huge"), "tiny"),
-        (lambda: pretrain.main(["--smoke", "--data", str(tmp_path / "nothing"), "--out", str(out)]), "nothing"),
-        (lambda: pretrain.main(["--smoke", "--data", data.video, "--probe-data", "x", "--out", str(out)]), "--probe-data none"),
+        (lambda: pretrain.main(["--smoke", "--data", str(tmp_path / "nothing"), "--out", str(out)]),
+         "nothing"),
+        (lambda: pretrain.main(["--smoke", "--data", data.video, "--probe-data", "x", "--out", str(out)]),
+         "--probe-data none"),
     ]:
         with pytest.raises(InputError, match=words) as error:
             call()
-        assert "\n" not in str(error.value) and not out.exists(), "nothing is written before the input is known to be good"
+        assert "\n" not in str(error.value) and not out.exists(), (
+            "nothing is written before the input is known to be good")
 
 
-def test_data_of_another_text_encoder_is_refused_with_the_command_that_mends_it(data, pretrained, tmp_path, monkeypatch):
+def test_data_of_another_text_encoder_is_refused_with_the_command_that_mends_it(data, pretrained, tmp_path,
+                                                                                monkeypatch):
     monkeypatch.setitem(models.TextEncoder.DIM, "minilm", 512)
-    monkeypatch.setattr(models.TextEncoder, "__init__", lambda self, name: setattr(self, "name", "hash") or setattr(self, "dim", 512))
+    monkeypatch.setattr(models.TextEncoder, "__init__",
+                        lambda self, name: setattr(self, "name", "hash") or setattr(self, "dim", 512))
     folder = write_dataset(tmp_path / "minilm", cameras=("front", "side"), text_encoder="minilm")
-    with pytest.raises(InputError, match="--text-encoder hash, .* was embedded with minilm: python prepare_data.py embed"):
-        finetune.main(["--smoke", "--data", str(folder), "--init", str(pretrained), "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="--text-encoder hash, .* was embedded with minilm: "
+                                         "python prepare_data.py embed"):
+        finetune.main(["--smoke", "--data", str(folder), "--init", str(pretrained),
+                       "--out", str(tmp_path / "out")])
