@@ -24,7 +24,6 @@ Measured for the tiny policy (64 pixels): 30 s on one core.
 """
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import InputError, file_hash, load_policy, make_policy, probe_r2, provenance, run, to_device
+from models import (InputError, at_least, by_position, file_hash, load_policy, make_policy, pick_device,
+                    probe_r2, provenance, run, to_device, write_atomically)
 from prepare_data import EpisodeDataset
 
 SMOKE = dict(max_windows=200, bootstrap=50, random_policies=1)
@@ -112,9 +112,10 @@ def estimate_latent_statistics(policies, data, rows, device):
         norm.momentum = None                # a cumulative mean over all batches
         norm.train()
     with torch.no_grad():
-        for batch in DataLoader(Subset(data, rows), batch_size=64):
+        # A last batch of one would have no variance: it is left out.
+        for batch in DataLoader(Subset(data, rows), batch_size=64, drop_last=len(rows) > 64):
             for policy in policies:
-                policy.latent_actions(to_device(batch["obs"], device))
+                policy.latent_actions(by_position(to_device(batch["obs"], device), policy.cameras))
     for norm in norms:
         norm.eval()
 
@@ -129,18 +130,14 @@ def collect(policies, data, rows, device, steps, title):
         n = batch["is_pad"].shape[1] if steps == "chunk" else 1
         obs = to_device(batch["obs"], device)
         for mine, policy in zip(latents, policies):
-            mine.append(policy.latent_actions(obs)[keep.to(device), :n].flatten(1).cpu())
+            z = policy.latent_actions(by_position(obs, policy.cameras))               # (B, n, Z)
+            mine.append(z[keep.to(device), :n].flatten(1).cpu())
         actions.append(batch["actions"][keep, :n].flatten(1))
         episode.append(batch["episode"][keep])
         t.append(batch["t"][keep])
     t = torch.cat(t).double().numpy() / 100
     return ([torch.cat(mine).double().numpy() for mine in latents], torch.cat(actions).double().numpy(),
             torch.cat(episode).numpy(), np.stack([t, t ** 2, t ** 3], 1))
-
-
-def spaced_rows(data, most):
-    """Indices of at most `most` windows, evenly spaced over the whole dataset."""
-    return np.unique(np.linspace(0, len(data) - 1, min(most, len(data))).astype(int)).tolist()
 
 
 # ---- the analysis ----------------------------------------------------------------------------------------
@@ -275,10 +272,8 @@ def arguments(argv):
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     assert set(SMOKE) <= set(vars(p.parse_args([]))), "SMOKE names a flag that does not exist"
-    for name in ("ridge", "max_windows", "random_policies", "bootstrap"):
-        least = 0 if name == "ridge" else 1
-        if not getattr(args, name) >= least:
-            raise InputError(f"--{name.replace('_', '-')} takes {least} or more, got {getattr(args, name)}")
+    at_least(args, 0, "ridge", "seed")
+    at_least(args, 1, "max_windows", "random_policies", "bootstrap")
     return args
 
 
@@ -292,10 +287,7 @@ def open_data(args, policy, checkpoint):
     if len(whole.cameras) < len(policy.cameras):
         raise InputError(f"{args.checkpoint} looks through {len(policy.cameras)} cameras, {args.data} has "
                          f"{len(whole.cameras)}")
-    # Cameras go by position: the policy's names are those of the videos it was pretrained on, and camera 0 is
-    # the main view in every dataset, whatever it is called there.
-    cameras = whole.cameras[:len(policy.cameras)]
-    splits = [EpisodeDataset(args.data, policy.chunk, cameras, split=s, text_encoder=name)
+    splits = [EpisodeDataset(args.data, policy.chunk, len(policy.cameras), split=s, text_encoder=name)
               for s in ("train", "val")]
     if min(d.num_episodes for d in splits) < 2:
         raise InputError(f"{args.data} has {splits[0].num_episodes} training and {splits[1].num_episodes} "
@@ -323,6 +315,7 @@ def action_names(data, steps, chunk):
 
 def main(argv=None):
     args = arguments(argv)
+    pick_device(args.device)
     torch.set_num_threads(args.threads)
     out = Path(args.out or Path(args.checkpoint).parent / "cca")
     if (out / "cca.json").exists() and not args.overwrite:
@@ -332,12 +325,10 @@ def main(argv=None):
     # ---- latent and true actions ----
     policies, checkpoint = load_policies(args)
     data = open_data(args, policies[0], checkpoint)
-    for policy in policies:
-        policy.cameras = data[0].cameras
-    estimate_latent_statistics(policies[1:], data[0], spaced_rows(data[0], min(512, args.max_windows)),
+    estimate_latent_statistics(policies[1:], data[0], data[0].spaced(min(512, args.max_windows)),
                                args.device)
     (Xs, Y, _, time), (held_out_Xs, held_out_Y, episode, held_out_time) = (
-        collect(policies, d, spaced_rows(d, args.max_windows), args.device, args.steps, title)
+        collect(policies, d, d.spaced(args.max_windows), args.device, args.steps, title)
         for d, title in zip(data, ("training episodes", "held-out episodes")))
     kept = varying(Y)
     Y, held_out_Y = Y[:, kept], held_out_Y[:, kept]
@@ -367,9 +358,7 @@ def main(argv=None):
                "training": {"episodes": data[0].num_episodes, "windows": len(Y)},
                "held_out": {"episodes": episodes, "windows": len(held_out_Y)}, "args": vars(args),
                "provenance": provenance()}
-    partial = out / "cca.json.tmp"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, out / "cca.json")
+    write_atomically(out / "cca.json", (json.dumps(result, indent=1) + "\n").encode())
     print(f"\nwrote        {out}/cca.json, cca.png")
 
 

@@ -39,7 +39,8 @@ import torch
 from scipy.stats import binom, binomtest
 from tqdm import tqdm
 
-from models import ActionChunker, InputError, TextEncoder, file_hash, load_policy, provenance, run
+from models import (ActionChunker, InputError, TextEncoder, file_hash, load_policy, pick_device, provenance,
+                    run, write_atomically)
 from robot import CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, TASKS, Expert, TwinEnv
 
 SMOKE = dict(episodes=2, max_steps=20, video=1)
@@ -407,9 +408,20 @@ def choose_tasks(args, bench, arm):
         if name not in bench.tasks:
             raise InputError(f"unknown task {name!r}: --tasks takes {', '.join(bench.tasks)}, "
                              "comma-separated")
-        if bench.tasks[name].instruction not in known:
-            print(f"note         {arm.label} was not trained on the instruction of {name}")
     return tasks
+
+
+def note_differences(arms, bench, tasks):
+    """Say so when a policy is asked for what it was not trained on, or two were trained on other starts."""
+    spreads = {}
+    for arm in arms:
+        if arm.checkpoint:
+            spreads[arm.label] = (arm.checkpoint["data"].get("extra") or {}).get("spread")
+            for name in tasks:
+                if bench.tasks[name].instruction not in arm.checkpoint["data"]["instructions"]:
+                    print(f"note         {arm.label} was not trained on the instruction of {name}")
+    if len(set(spreads.values())) > 1:
+        print(f"note         the policies were trained on starts of different spread: {spreads}")
 
 
 def check(args, bench, tasks):
@@ -447,6 +459,7 @@ def run_episodes(arm, env, film, chunker, bench, tasks, seeds, done, settings, o
 
 def main(argv=None):
     args = arguments(argv)
+    pick_device(args.device)
     torch.set_num_threads(args.threads)
     bench = ENVIRONMENTS[args.env]
 
@@ -460,11 +473,12 @@ def main(argv=None):
     arm = next(iter(arms.values()))
     tasks = choose_tasks(args, bench, arm)
     check(args, bench, tasks)
+    note_differences(arms.values(), bench, tasks)
     seeds = [bench.first_seed + args.seed + i for i in range(args.episodes)]
     trained_spread = ((arm.checkpoint or {}).get("data", {}).get("extra") or {}).get("spread", 1.0)
     settings = {"env": args.env, "spread": trained_spread if args.spread is None else args.spread,
                 "execute": args.execute, "decay": args.decay, "max_steps": args.max_steps,
-                "simulator": bench.version}
+                "device": args.device, "threads": args.threads, "simulator": bench.version}
     chunkers = {k: ActionChunker(a.chunk, args.execute if a.chunk > 1 else 1, args.decay)
                 for k, a in arms.items()}
     envs = {k: bench.make(a.cameras, a.image_size, settings["spread"]) for k, a in arms.items()}
@@ -498,10 +512,9 @@ def main(argv=None):
         ours, other = ([done[key, t, s]["success"] for t in tasks for s in seeds] for key in list(arms)[:2])
         results["comparison"] = {"other": args.compare, "other_hash": list(arms)[1]} | mcnemar(ours, other)
         print_comparison(args, results["comparison"])
-    partial = out / "results.json.tmp"
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, out / "results.json")
-    print(f"\nwrote        {out}/results.json, episodes.jsonl" + (", videos/" if args.video else ""))
+    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    films = len(list((out / "videos").glob("*.mp4")))
+    print(f"\nwrote        {out}/results.json, episodes.jsonl" + (f", videos/ ({films})" if films else ""))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, InputError, Log, count, init_from_pretrained, load_checkpoint, make_policy,
-                    open_run, provenance, random_shift, run, save_checkpoint, to_device)
+from models import (POLICIES, InputError, Log, at_least, count, init_from_pretrained, load_checkpoint,
+                    make_policy, open_run, pick_device, policy_numbers, provenance, random_shift, run,
+                    save_checkpoint, to_device)
 from prepare_data import EpisodeDataset
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6)
@@ -95,8 +96,8 @@ def starting_point(args):
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} goes with --init scratch; {args.init} brings its "
                          "own architecture")
-    checkpoint = load_checkpoint(args.init, args.device)
-    return checkpoint, checkpoint["config"]["chunk"]
+    checkpoint = load_checkpoint(args.init)
+    return {k: checkpoint[k] for k in ("config", "policy", "text_encoder")}, checkpoint["config"]["chunk"]
 
 
 def policy_config(args, pretrained, data):
@@ -104,12 +105,9 @@ def policy_config(args, pretrained, data):
     if pretrained is None:
         given = {k: getattr(args, k) for k in SCRATCH if getattr(args, k) is not None}
         choice = {**SCRATCH, **given}
-        sizes = POLICIES[choice["policy"]].SIZES
-        if choice["policy_size"] not in sizes:
-            raise InputError(f"--policy-size of {choice['policy']} is one of {', '.join(sizes)}; "
-                             f"got {choice['policy_size']}")
         config = dict(policy=choice["policy"], chunk=choice["chunk"], latent_dim=7, latent_norm=False,
-                      image_size=data.image_size, text_dim=data.text_dim, **sizes[choice["policy_size"]])
+                      image_size=data.image_size, text_dim=data.text_dim, 
+                      **policy_numbers(choice["policy"], choice["policy_size"]))
         text_encoder = data.text_encoder
     else:
         config, text_encoder = dict(pretrained["config"]), pretrained["text_encoder"]
@@ -130,9 +128,8 @@ def policy_config(args, pretrained, data):
 @torch.no_grad()
 def validate(policy, data, device, windows=512):
     """Mean absolute error of the actions on held-out episodes, in the data's units, per dimension (A,)."""
-    rows = np.unique(np.linspace(0, len(data) - 1, windows).astype(int))
     errors, valid = 0, 0
-    for batch in DataLoader(Subset(data, rows), batch_size=128):
+    for batch in DataLoader(Subset(data, data.spaced(windows)), batch_size=128):
         batch = to_device(batch, device)
         keep = ~batch["is_pad"]                                                       # (B, n)
         errors = errors + (policy.act(batch["obs"]) - batch["actions"]).abs()[keep].sum(0)
@@ -146,15 +143,21 @@ def validate(policy, data, device, windows=512):
 def main(argv=None):
     args = arguments(argv)
     out = Path(args.out)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "device", "threads", "workers",
-                                      "log_every", "save_every", "eval_every"})
+    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "workers", "log_every",
+                                      "save_every", "eval_every"})
+    at_least(args, 1, "chunk", "steps", "batch_size", "log_every", "save_every", "eval_every")
+    at_least(args, 0, "shift", "workers", "warmup", "threads", "seed")
+    origin = provenance()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+    device = pick_device(args.device)
 
     # ---- data ----
-    pretrained, chunk = starting_point(args)
+    if checkpoint:                                         # all that --init gave is in it
+        pretrained, chunk = None, checkpoint["config"]["chunk"]
+    else:
+        pretrained, chunk = starting_point(args)
     train = EpisodeDataset(args.data, chunk, split="train", demos_per_task=args.demos_per_task)
     held_out = EpisodeDataset(args.data, chunk, split="val")
     if train.action_dim is None:
@@ -162,16 +165,16 @@ def main(argv=None):
                          "sim makes some)")
 
     # ---- policy ----
-    config = policy_config(args, pretrained, train)
+    config = checkpoint["config"] if checkpoint else policy_config(args, pretrained, train)
     policy = make_policy(config)
     print(f"policy       {config['policy']}, {count(policy):,} parameters, chunk {chunk}, from {args.init}")
     if pretrained:
         names = init_from_pretrained(policy, pretrained["policy"], args.init)
         for kind, keys in names.items():
             print(f"{kind:12s} {len(keys)} tensors" + (f": {', '.join(keys)}" if kind != "loaded" else ""))
-    policy.action_norm.fit(train.stats["actions"])
+    policy.action_norm.fit(train.limits("actions"))
     if config["proprio_dim"]:
-        policy.proprio_norm.fit(train.stats["proprio"])
+        policy.proprio_norm.fit(train.limits("proprio"))
     low, high = policy.action_norm.low.tolist(), policy.action_norm.high.tolist()
     print("normaliser   actions of " + args.data + ": "
           + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
@@ -191,7 +194,8 @@ def main(argv=None):
         print(f"resuming     at step {start:,} of {args.steps:,}")
     log = Log(out, start)
 
-    # ---- loop: batch and noise of a step follow from (seed, step) alone, so nothing else need be saved to r
+    # ---- loop ----
+    # Batch and noise of a step follow from (seed, step) alone: no more need be saved for an exact resume.
     batches = (np.random.default_rng([args.seed, step]).integers(len(train), size=args.batch_size).tolist()
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
@@ -203,7 +207,7 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + step)
         batch = to_device(batch, device)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
-            group["lr"] = (args.lr * min(1, (step + 1) / args.warmup)
+            group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
         batch["obs"]["images"] = {c: random_shift(x, args.shift) for c, x in batch["obs"]["images"].items()}
 
@@ -232,7 +236,7 @@ def main(argv=None):
                 stage="finetune", step=done, config=config, policy=policy.state_dict(),
                 optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
                 data={**train.attrs, "instructions": train.instructions}, fingerprint=train.fingerprint,
-                provenance=provenance()))
+                provenance=origin))
         clock = time.time()
     bar.close()
     print(f"wrote        {out}/last.pt (step {args.steps:,}), metrics.jsonl")

@@ -70,10 +70,10 @@ def run(main):
         full = re.search(r"errno = (\d+)", str(e))          # h5py hides the number in its message
         code = e.errno or (int(full.group(1)) if full else None)
         if code not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                        errno.EFBIG):
+                        errno.EISDIR, errno.EEXIST, errno.EFBIG):
             raise
         where = f" ({e.filename})" if e.filename else ""
-        sys.exit(_fail(f"cannot write: {os.strerror(code)}{where}; finished work is kept: "
+        sys.exit(_fail(f"cannot read or write: {os.strerror(code)}{where}; finished work is kept: "
                        "make room or choose another --out, then go on with --resume"))
 
 
@@ -132,7 +132,8 @@ class TextEncoder:
     def _hash(self, text):
         words = re.findall(r"\w+", text.lower())
         vector = np.zeros(self.dim)
-        for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])]:
+        # No words are a gram of their own: an instruction of zeros would leave the layer behind it untrained.
+        for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])] or [""]:
             code = zlib.crc32(gram.encode())
             vector[code % self.dim] += 1.0 if code >> 31 else -1.0
         return vector / max(np.linalg.norm(vector), 1e-6)
@@ -639,7 +640,7 @@ class WorldModel(nn.Module):
         """Every term before reduction: {name: (B, n)}; total() adds them up. Defaults are the config's."""
         predict = predict or self.config["predict"]
         n = actions.shape[1]
-        decode_steps = (self.config["decode_steps"] if decode_steps is None else decode_steps) or n
+        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
         start, posteriors, priors = self.observe(images, actions)
         drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
         context, future = images[:, :1].float() / 255, images[:, 1 + drawn].float() / 255  # (B, 1|m, 3, H, W)
@@ -727,30 +728,33 @@ class ActionChunker:
 # ---- 8 checkpoints ---------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, checkpoint):
-    """Write plain data and tensors; a stopped write leaves the old file. Loads with weights_only."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)  # to memory first: torch's own writer hides a full disk behind its errors
-    tmp = path.with_name(path.name + ".tmp")
+def write_atomically(path, data):
+    """Bytes to path.tmp, then moved: a reader sees the old file or the new one. OSError (disk full)."""
+    tmp = Path(f"{path}.tmp")
     try:
         with open(tmp, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        os.replace(tmp, path)
     except OSError:
         tmp.unlink(missing_ok=True)
         raise
-    os.replace(tmp, path)
 
 
-def load_checkpoint(path, device="cpu"):
+def save_checkpoint(path, checkpoint):
+    """Write a dict of plain data and tensors, atomically; it loads with weights_only."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)           # to memory: torch's own writer hides that the disk is full
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
     """-> dict. InputError names the file when it is absent or not one of ours; nothing in it is executed."""
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}: run the stage before this one, or name it")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage = checkpoint["stage"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError,
             AttributeError) as e:
@@ -762,7 +766,7 @@ def load_checkpoint(path, device="cpu"):
 
 def load_policy(path, device="cpu"):
     """-> policy in eval mode, checkpoint. The architecture is the file's; weights must fit it."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
         raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): "
@@ -807,11 +811,13 @@ def open_run(args, free):
     """May the run folder args.out be used? -> checkpoint to go on from, or None (fresh run). Writes nothing.
 
     A run that exists is never overwritten unless --overwrite says so. --resume takes the same flags as the
-    run it goes on with, but for the names in `free`, which change no result.
+    run it goes on with, but for the names in `free`, which change no result. The device and the number of
+    threads do: sums are added up in another order. On a CPU the result is the same to the bit; some CUDA
+    kernels are not deterministic.
     """
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():
-        checkpoint = load_checkpoint(last, args.device)
+        checkpoint = load_checkpoint(last)
         for name, value in vars(args).items():
             if name not in free and value != checkpoint["args"].get(name):
                 raise InputError(f"{last} was made with --{name.replace('_', '-')} "
@@ -820,7 +826,8 @@ def open_run(args, free):
         return checkpoint
     if args.resume and not out.exists():
         raise InputError(f"nothing to resume in {out}: leave --resume out, or name the run with --out")
-    if (out / "metrics.jsonl").exists() and not (args.overwrite or args.resume):
+    held = any((out / name).exists() for name in ("last.pt", "metrics.jsonl"))
+    if held and not (args.overwrite or args.resume):
         raise InputError(f"{out} already holds a run: --resume goes on with it, --overwrite throws it away, "
                          "--out puts this one elsewhere")
     return None
@@ -840,8 +847,8 @@ class Log:
             shutil.rmtree(Path(out) / "tensorboard", ignore_errors=True)
         lines = self.path.read_text().splitlines() if start else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
-        self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=start or None)
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=start + 1 if start else None)
 
     def __call__(self, step, metrics):
         with open(self.path, "a") as f:
@@ -856,6 +863,37 @@ def to_device(tree, device):
     """Nested dict of tensors -> the same on the device."""
     return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True)
             for k, v in tree.items()}
+
+
+def by_position(obs, cameras):
+    """The same observation with its cameras under the policy's names. They go by position: camera 0 is the
+    main view in every dataset, whatever it is called there."""
+    return {**obs, "images": dict(zip(cameras, obs["images"].values()))}
+
+
+def at_least(args, low, *names):
+    """InputError for the first of these flags that is smaller than low."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
+            raise InputError(f"--{name.replace('_', '-')} takes {low} or more, got {getattr(args, name)}")
+
+
+def pick_device(name):
+    """Name of a device -> torch.device. InputError when this machine does not have it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"no device {name!r} here ({str(e).splitlines()[0][:80]}): --device cpu") from e
+    return device
+
+
+def policy_numbers(policy, size):
+    """Widths and depths of a named size of a policy, from its SIZES. InputError names those there are."""
+    sizes = POLICIES[policy].SIZES
+    if size not in sizes:
+        raise InputError(f"--policy-size of {policy} is one of {', '.join(sizes)}; got {size}")
+    return sizes[size]
 
 
 def probe_r2(x_train, y_train, x_test, y_test, ridge=1e-2):
@@ -880,6 +918,8 @@ def file_hash(path):
 def provenance():
     """Where a number comes from: command, commit (with "+" if the tree has changes), versions, machine."""
     def git(*args):
+        if not shutil.which("git"):
+            return ""
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args],
                               capture_output=True, text=True).stdout.strip()
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -61,7 +61,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import InputError, TextEncoder, file_hash, run
+from models import InputError, TextEncoder, file_hash, run, write_atomically
 
 FORMAT_VERSION = 1
 MAX_REJECTED = 0.05       # share of rejected items above which the exit status says so
@@ -76,20 +76,6 @@ class Reject(Exception):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-def write_atomically(path, data):
-    """Write bytes to path.tmp, then move: a reader sees the old file or the new one. OSError (disk full)."""
-    try:
-        with open(path + ".tmp", "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + ".tmp")
-        raise
-
 
 def write_json(path, value):
     """Plain JSON with sorted keys: the same content is the same bytes."""
@@ -253,6 +239,8 @@ def videos_episodes(args):
 def read_captions(path, files, folder):
     """CSV with columns file,instruction -> {file: [instruction, ...]}: several lines, several annotations."""
     captions = {}
+    if not os.path.isfile(path):
+        raise InputError(f"no captions at {path}: give a CSV with the columns file,instruction")
     with open(path, encoding="utf-8-sig", newline="") as f:
         rows = csv.DictReader(f)
         if not {"file", "instruction"} <= set(rows.fieldnames or ()):
@@ -267,7 +255,7 @@ def read_captions(path, files, folder):
 # ---- source: the table-top twin ----------------------------------------------------------------------------
 
 TRIES = 5                 # starts one demonstration may take: the expert fails now and then, as people do
-SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 12, "hand_videos_per_task": 12}
+SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 20, "hand_videos_per_task": 12}
 HAND_SEED0 = 500_000      # starts of the robot are seeds below it, of the hand from it to robot.EVAL_SEED0
 HAND_SIZE = (120, 212)    # (H, W) of the hand videos: Something-Something's shape at half its size
 HAND_FPS = 10             # Something-Something has 12; 10 divides the 20 Hz of control: motion stays even
@@ -593,7 +581,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     path            folder made by prepare_data.py
     chunk           n, actions per window; what reaches past the episode is padded, see the timeline above
-    cameras         names, None = all; "frames" are those of the first
+    cameras         names, or a number: the first so many; None = all. "frames" are those of the first
     future          also return o_t .. o_t+n, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
                     instruction every tenth is val. So every task has its share, and so has data in which no
@@ -615,10 +603,11 @@ class EpisodeDataset(torch.utils.data.Dataset):
             self.attrs[key] for key in ("statistics", "fps", "image_size", "text_encoder", "text_dim"))
         self.action_dim, self.proprio_dim = (
             len(self.stats[key]["min"]) if key in self.stats else None for key in ("actions", "proprio"))
-        self.cameras = list(self.attrs["cameras"] if cameras is None else cameras)
+        known = list(self.attrs["cameras"])
+        self.cameras = known[:cameras] if cameras is None or isinstance(cameras, int) else list(cameras)
         for camera in self.cameras:
-            if camera not in self.attrs["cameras"]:
-                raise InputError(f"{path} has no camera {camera!r}, but {', '.join(self.attrs['cameras'])}")
+            if camera not in known:
+                raise InputError(f"{path} has no camera {camera!r}, but {', '.join(known)}")
         if text_encoder not in (None, self.text_encoder):
             raise InputError(f"{path} was embedded with {self.text_encoder}, expected {text_encoder}: "
                              f"python prepare_data.py embed --data {path} --text-encoder {text_encoder}")
@@ -639,7 +628,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         for k, path in enumerate(self._paths):
             if not os.path.exists(path):
                 raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
-            with h5py.File(path, "r") as f:
+            with self._open(path) as f:
                 if f.attrs["text_encoder"] != self.text_encoder:
                     raise InputError(f"{path} is embedded with {f.attrs['text_encoder']}, dataset.json says "
                                      f"{self.text_encoder}: embed was interrupted, run it again")
@@ -649,6 +638,14 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self._place, self.lengths = np.array(rows)[:, :3], np.array(rows)[:, 3]
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
+
+    @staticmethod
+    def _open(path):
+        try:
+            return h5py.File(path, "r")
+        except OSError as e:
+            raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): copy or make the "
+                             "dataset again") from e
 
     def _choose(self, split, demos_per_task):
         """Episodes of a split, as sorted indices."""
@@ -676,7 +673,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if shard not in self._files:
             if len(self._files) == self.MAX_OPEN:
                 self._files.popitem(last=False)[1]["file"].close()
-            f = h5py.File(self._paths[shard], "r")
+            f = self._open(self._paths[shard])
             frames = {c: (f[f"images/{c}/jpg"], f[f"images/{c}/offset"][:]) for c in self.cameras}
             arrays = {key: f[key] for key in f if key != "images"}
             self._files[shard] = {"file": f, "frames": frames, **arrays}
@@ -685,6 +682,21 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def __getstate__(self):
         return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # handles do not travel
+
+    def limits(self, key):
+        """{"min", "max"} of "actions" or "proprio" over the episodes of this split alone: what a policy that
+        is trained on them may know. attrs["statistics"] are those of the whole dataset."""
+        rows = []
+        for episode in self.episodes:
+            shard, _, start = self._place[episode]
+            last = start + self.lengths[episode] - (key == "actions")    # not the hold action
+            rows.append(self._file(shard)[key][start:last])
+        rows = np.concatenate(rows)
+        return {"min": rows.min(0), "max": rows.max(0)}
+
+    def spaced(self, most):
+        """At most `most` windows, evenly spaced over all -> list of their indices."""
+        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)).tolist()
 
     def __len__(self):
         return int(self._ends[-1])

@@ -20,11 +20,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, WORLD_MODEL_SIZES, InputError, Log, WorldModel, count, make_policy, masked_mean,
-                    open_run, probe_r2, provenance, random_shift, run, save_checkpoint, to_device)
+from models import (POLICIES, WORLD_MODEL_SIZES, InputError, Log, WorldModel, at_least, by_position, count,
+                    make_policy, masked_mean, open_run, pick_device, policy_numbers, probe_r2, provenance,
+                    random_shift, run, save_checkpoint, to_device, write_atomically)
 from prepare_data import EpisodeDataset
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eval_windows=16)
@@ -163,17 +164,14 @@ def latent_probe(policy, dataset, device, windows=3000):
 
     Fitted on the training episodes' windows, scored on the held-out episodes'.
     """
-    cameras, policy.cameras = policy.cameras, dataset["train"].cameras[:len(policy.cameras)]   # by position
     latents, actions = {}, {}
     for split, data in dataset.items():
-        rows = np.unique(np.linspace(0, len(data) - 1,
-                                     windows if split == "train" else windows // 3).astype(int))
-        zs, acts = [], []
-        for batch in DataLoader(torch.utils.data.Subset(data, rows), batch_size=256):
-            zs.append(policy.latent_actions(to_device(batch["obs"], device)).flatten(1).cpu())
+        rows, zs, acts = data.spaced(windows if split == "train" else windows // 3), [], []
+        for batch in DataLoader(Subset(data, rows), batch_size=256):
+            obs = by_position(to_device(batch["obs"], device), policy.cameras)
+            zs.append(policy.latent_actions(obs).flatten(1).cpu())
             acts.append(batch["actions"][:, 0])
         latents[split], actions[split] = torch.cat(zs).double().numpy(), torch.cat(acts).double().numpy()
-    policy.cameras = cameras
     return float(np.nanmean(probe_r2(latents["train"], actions["train"], latents["val"], actions["val"])))
 
 
@@ -193,7 +191,7 @@ def open_loop_strip(policy, world_model, batch, path, clips=4, scale=2):
                            (2 * (truth - imagined).abs()).clamp(max=1)], 1)       # (clips, 3, n+1, 3, H, W)
     picture = picture.permute(0, 1, 4, 2, 5, 3).flatten(0, 2).flatten(1, 2)       # (clips*3*H, (n+1)*W, 3)
     picture = (picture.cpu().numpy() * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
-    cv2.imwrite(str(path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    write_atomically(path, cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
 def take(tree, rows):
@@ -218,39 +216,40 @@ def check_gradients(policy):
 def main(argv=None):
     args = arguments(argv)
     out = Path(args.out)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "device", "threads", "workers",
-                                      "log_every", "save_every", "probe_data"})
+    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers",
+                                      "log_every", "save_every", "eval_every"})
+    at_least(args, 1, "chunk", "latent_dim", "steps", "log_every", "save_every", "eval_every", "eval_windows")
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    at_least(args, 2 if args.latent_norm == "batch" else 1, "batch_size")    # one sample has no variance
+    origin = provenance()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    device = torch.device(args.device)
+    device = pick_device(args.device)
 
     # ---- data ----
-    train = EpisodeDataset(args.data, args.chunk, future=True, split="train")
-    train.cameras = train.cameras[:1]                      # the world model watches the main view
-    held_out = EpisodeDataset(args.data, args.chunk, cameras=train.cameras, future=True, split="val")
+    train, held_out = (EpisodeDataset(args.data, args.chunk, cameras=1, future=True, split=split)
+                       for split in ("train", "val"))      # the world model watches the main view
     # Four windows near each other at a time, mostly of one episode: latents can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(held_out))
-    eval_batch = to_device(next(iter(DataLoader(torch.utils.data.Subset(held_out, rows),
-                                                batch_size=len(rows)))), device)
+    eval_batch = to_device(next(iter(DataLoader(Subset(held_out, rows), batch_size=len(rows)))), device)
     probe = None
     if args.probe_data != "none":
         if not Path(args.probe_data).exists():
             raise InputError(f"no labelled demonstrations at {args.probe_data}: name some, "
                              "or type --probe-data none")
-        probe = {s: EpisodeDataset(args.probe_data, args.chunk, split=s, text_encoder=train.text_encoder)
-                 for s in ("train", "val")}
+        probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=1, split=split,
+                                       text_encoder=train.text_encoder) for split in ("train", "val")}
+        if probe["val"].action_dim is None or probe["val"].image_size != train.image_size:
+            raise InputError(f"--probe-data {args.probe_data} must hold actions and images of "
+                             f"{train.image_size} pixels, as {args.data}: name others, or --probe-data none")
 
     # ---- policy, world model, one optimiser over both ----
-    sizes = POLICIES[args.policy].SIZES
-    if args.policy_size not in sizes:
-        raise InputError(f"--policy-size of {args.policy} is one of {', '.join(sizes)}; "
-                         f"got {args.policy_size}")
     config = dict(policy=args.policy, cameras=train.cameras, image_size=train.image_size, chunk=args.chunk,
-                  text_dim=train.text_dim, proprio_dim=None, action_dim=7, latent_dim=args.latent_dim,
+                  text_dim=train.text_dim, proprio_dim=None, action_dim=None, latent_dim=args.latent_dim,
                   latent_norm=args.latent_norm == "batch", head="latent", proprio_dropout=0.0,
-                  **sizes[args.policy_size])
+                  **policy_numbers(args.policy, args.policy_size))
     world_config = dict(size=args.world_model, image_size=train.image_size, action_dim=args.latent_dim,
                         predict=args.predict, motion_weight=args.motion_weight, free_bits=args.free_bits,
                         decode_steps=args.decode_steps)
@@ -283,7 +282,7 @@ def main(argv=None):
             stage="pretrain", step=step, config=config, policy=policy.state_dict(), world_config=world_config,
             world_model=world_model.state_dict(), optimizer=optimizer.state_dict(),
             args=vars(args), text_encoder=train.text_encoder, data=data, fingerprint=train.fingerprint,
-            provenance=provenance()))
+            provenance=origin))
 
     def report(step):
         policy.eval(), world_model.eval()
@@ -308,7 +307,7 @@ def main(argv=None):
         batch = to_device(batch, device)
         batch["frames"] = random_shift(batch["frames"], args.shift)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 5 %
-            group["lr"] = (group["peak"] * min(1, (step + 1) / args.warmup)
+            group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
         obs = {"images": {train.cameras[0]: batch["frames"][:, 0]},
                "instruction": batch["obs"]["instruction"]}

@@ -604,7 +604,8 @@ class Expert:
     """
 
     def __init__(self, env, seed):
-        self.env, self.rng = env, np.random.default_rng([seed, 2])
+        number = list(TASKS).index(env.task_name)
+        self.env, self.rng = env, np.random.default_rng([seed, number, 2])     # 0 and 1 are the scene's
         self.fast, self.slow = self.rng.uniform((0.010, 0.0045), (0.014, 0.0065))       # m per step
         self.hover, self.carry = self.rng.uniform((0.065, 0.135), (0.085, 0.155))       # m above thing, table
         self.jitter = np.zeros(6)

@@ -119,12 +119,14 @@ class FakeData:
     def __init__(self, path, chunk, cameras=None, split="all", text_encoder=None):
         if text_encoder != "hash":
             raise InputError(f"{path} was embedded with hash, not {text_encoder}")
-        self.chunk, self.cameras, self.episodes = (
-            chunk, list(cameras or self.CAMERAS), list(self.EPISODES[split]))
+        self.chunk, self.cameras, self.episodes = chunk, self.CAMERAS[:cameras], list(self.EPISODES[split])
         self.num_episodes = len(self.episodes)
 
     def __len__(self):
         return 29 * self.num_episodes
+
+    def spaced(self, most):
+        return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int).tolist()
 
     def __getitem__(self, i):
         episode, t = self.episodes[i // 29], i % 29

@@ -139,6 +139,16 @@ def test_drawing_few_frames_has_the_expectation_of_drawing_all():
     assert abs(few.mean() - all_.mean()) < 4 * (few.std() / 300 ** 0.5 + all_.std() / 20 ** 0.5)
 
 
+def test_asking_for_more_frames_than_the_chunk_has_draws_them_all():
+    images = torch.randint(0, 255, (B, 3, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    model, actions, losses = world(), torch.randn(B, 2, 7), []
+    for steps in (0, 4):
+        torch.manual_seed(1)
+        losses.append(model.losses(images, actions, decode_steps=steps)["recon"])
+    assert torch.equal(*losses)
+
+
 def test_world_model_takes_only_sizes_it_can_halve():
     with pytest.raises(m.InputError, match="16, 32, 64 or 128"):
         world(image_size=100)
@@ -248,6 +258,11 @@ def test_hash_embedding_is_the_same_everywhere_and_tells_tasks_apart():
         m.TextEncoder("bert")
 
 
+def test_the_empty_instruction_has_an_embedding_too():
+    """Videos without captions have the instruction "": zeros would give the instruction layer no gradient."""
+    assert np.abs(m.TextEncoder("hash")([""])).sum() == 1
+
+
 # ---- chunk execution ----
 
 def test_executing_h_of_n_asks_every_h_steps_and_plays_in_order():
@@ -335,6 +350,17 @@ def test_foreign_files_are_refused_and_not_executed(tmp_path):
         with pytest.raises(m.InputError, match=words):
             m.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_provenance_needs_no_git(monkeypatch):
+    monkeypatch.setattr(m.shutil, "which", lambda name: None)
+    assert m.provenance()["commit"] == "unknown"
+
+
+def test_a_device_that_is_not_there_is_one_clear_line():
+    for name in ("cuda:77", "abacus"):
+        with pytest.raises(m.InputError, match="no device"):
+            m.pick_device(name)
 
 
 def test_only_models_py_saves_and_loads_checkpoints():

@@ -77,13 +77,18 @@ def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged
                                  f"only in the README: {described - logged}")
 
 
+def test_the_readme_is_finished_and_smoke_data_are_enough_for_every_stage():
+    assert "@@" not in README
+    assert prepare_data.SMOKE["demos_per_task"] >= 20, "cca.py needs two held-out episodes: one in ten"
+
+
 def test_later_stages_have_no_architecture_flags():
     for script in ("evaluate.py", "cca.py"):
         assert not re.search(r'"--(policy|policy-size|chunk|latent-dim|world-model|image-size)"',
                              (ROOT / script).read_text())
 
 
-def test_no_script_swallows_errors_and_no_name_of_this_machine_is_in_the_tree():
+def test_no_script_swallows_errors_and_lines_fit_a_screen():
     for path in SCRIPTS:
         assert not re.search(r"except\s*(Exception|BaseException)?\s*:", path.read_text()), (
             f"{path.name} catches everything")

@@ -83,6 +83,26 @@ def test_resume_with_other_flags_or_other_data_is_refused(data, pretrained, tmp_
     assert pretrained.read_bytes() == before, "a run that exists is never overwritten unasked"
 
 
+def test_a_checkpoint_that_lies_in_the_run_folder_is_not_lost(data, pretrained, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes(pretrained.read_bytes())
+    with pytest.raises(InputError, match="already holds a run"):
+        pre(data, tmp_path / "run")
+    assert (tmp_path / "run" / "last.pt").read_bytes() == pretrained.read_bytes()
+
+
+def test_finetuning_resumes_without_the_checkpoint_it_began_from(data, pretrained, tmp_path, monkeypatch):
+    begin = tmp_path / "begin.pt"
+    begin.write_bytes(pretrained.read_bytes())
+    with monkeypatch.context() as patch:
+        stop_after(patch, finetune, 4)
+        with pytest.raises(KeyboardInterrupt):
+            fine(data, tmp_path / "run", "--init", str(begin))
+    begin.unlink()
+    fine(data, tmp_path / "run", "--init", str(begin), "--resume")
+    assert models.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+
+
 # ---- what pretraining watches ----
 
 def test_detached_latents_are_noticed_at_the_first_step(data, tmp_path, monkeypatch):
@@ -169,6 +189,15 @@ def test_finetuning_says_what_is_new(data, pretrained, tmp_path, capsys):
             and "proprio_encoder.0.weight" in new and "trunk" not in new)
 
 
+def test_the_normaliser_knows_the_training_demonstrations_alone(data, tmp_path):
+    fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "1")
+    few = pretrain.EpisodeDataset(data.robot, 10, split="train", demos_per_task=1)
+    actions = torch.cat([few[i]["actions"][~few[i]["is_pad"]] for i in range(len(few))])
+    low = models.load_checkpoint(tmp_path / "last.pt")["policy"]["action_norm.low"]
+    torch.testing.assert_close(low, actions.min(0).values)
+    assert (low > torch.tensor(few.stats["actions"]["min"]))[:2].any(), "not those of the whole dataset"
+
+
 def test_demos_per_task_and_scratch(data, tmp_path, capsys):
     fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "2", "--no-proprio")
     assert "4 + " in capsys.readouterr().out, "two tasks, two demonstrations each"
@@ -193,6 +222,10 @@ def test_bad_input_is_one_line_and_writes_nothing(data, pretrained, tmp_path):
          "video only"),
         (lambda: pre(data, out, "--chunk", "40"), "chunk of 40"),
         (lambda: pre(data, out, "--policy-size", "huge"), "tiny"),
+        (lambda: pre(data, out, "--batch-size", "1"), "--batch-size takes 2 or more"),
+        (lambda: pre(data, out, "--save-every", "0"), "--save-every takes 1 or more"),
+        (lambda: pre(data, out, "--device", "abacus"), "no device"),
+        (lambda: pre(data, out, "--probe-data", data.video), "must hold actions"),
         (lambda: pretrain.main(["--smoke", "--data", str(tmp_path / "nothing"), "--out", str(out)]),
          "nothing"),
         (lambda: pretrain.main(["--smoke", "--data", data.video, "--probe-data", "x", "--out", str(out)]),
