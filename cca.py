@@ -341,7 +341,7 @@ def main(argv=None):
     weights = rng.multinomial(episodes, np.full(episodes, 1 / episodes), args.bootstrap)   # (resamples, E)
     rest = (held_out_Y, episode, args.ridge, weights)
     pretrained, *randoms = [analyse(X, Y, held_out_X, *rest) for X, held_out_X in zip(Xs, held_out_Xs)]
-    shuffled = analyse(Xs[0], rng.permutation(Y), held_out_Xs[0], *rest)
+    shuffled = analyse(Xs[0], rng.permutation(Y), held_out_Xs[0], rng.permutation(held_out_Y), *rest[1:])
     result = summarise(pretrained, randoms, shuffled, analyse(time, Y, held_out_time, *rest))
     print(f"policy       {args.checkpoint}, step {checkpoint['step']:,}\n"
           f"dimensions   {Xs[0].shape[1]} latent, {Y.shape[1]} action"

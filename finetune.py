@@ -209,6 +209,8 @@ def main(argv=None):
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
+        # DEVIATION: images are shifted, each on its own, and proprioception is dropped for a share of the
+        # samples (models.py): else a policy from few demonstrations replays its own pose and does not look.
         batch["obs"]["images"] = {c: random_shift(x, args.shift) for c, x in batch["obs"]["images"].items()}
 
         loss, logs = policy.loss(batch)                                               # (Eq. 6)

@@ -10,6 +10,8 @@ The policy sees the first frame and the instruction and emits n latent actions; 
 the next n frames from that frame and those latents. One optimiser trains both. Writes, under --out: last.pt,
 metrics.jsonl, TensorBoard events, and open_loop.png (truth, imagined, error) from held-out clips.
 
+ASSUMPTION: a chunk is n frames, whatever their rate: with n = 10, 1 s of a hand video (10 fps), 0.5 s of the
+robot's (20 Hz). The paper does not say how it treats different rates.
 Later stages take the architecture from last.pt: there are no architecture flags after this script.
 """
 import argparse
@@ -254,6 +256,7 @@ def main(argv=None):
                         predict=args.predict, motion_weight=args.motion_weight, free_bits=args.free_bits,
                         decode_steps=args.decode_steps)
     policy, world_model = make_policy(config).to(device), WorldModel(world_config).to(device)
+    # UPSTREAM: betas (0.95, 0.999), no decay of biases and norms; at 1e-6 the decay hardly matters.
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "peak": args.lr},
                                    {"params": world_model.parameters(), "peak": args.world_model_lr}],
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -305,6 +308,7 @@ def main(argv=None):
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step)
         batch = to_device(batch, device)
+        # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few of them at this scale.
         batch["frames"] = random_shift(batch["frames"], args.shift)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 5 %
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
