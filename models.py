@@ -758,8 +758,8 @@ def load_checkpoint(path):
         stage = checkpoint["stage"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError,
             AttributeError) as e:
-        raise InputError(f"{path} is not a checkpoint of this project "
-                         f"({type(e).__name__}: {str(e).splitlines()[0][:80]})") from e
+        raise InputError(f"{path} is not a checkpoint of this project: expected the last.pt of pretrain.py "
+                         f"or finetune.py ({type(e).__name__} while loading)") from e
     assert stage in ("pretrain", "finetune"), stage
     return checkpoint
 

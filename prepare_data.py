@@ -873,7 +873,7 @@ def build_parser(smoke=False):
 
 
 def main(argv=None):
-    """Run one command. SystemExit when too much was rejected; the dataset is written all the same."""
+    """Run one command. InputError when too much was rejected; the dataset is written all the same."""
     args = build_parser("--smoke" in (sys.argv[1:] if argv is None else argv)).parse_args(argv)
     for key, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0),
                      ("demos_per_task", 0), ("hand_videos_per_task", 0)):
@@ -881,8 +881,8 @@ def main(argv=None):
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {low} or more")
     rejected = {"sim": film_twin, "inspect": inspect, "embed": embed_again}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        sys.exit(f"{100 * rejected:.0f} % of the items were rejected, more than {100 * MAX_REJECTED:.0f} %: "
-                 "the dataset is written, but look at the reasons above before you use it")
+        raise InputError(f"{100 * rejected:.0f} % of the items were rejected, above {100 * MAX_REJECTED:.0f} %: "
+                         "the dataset is written, but look at the reasons above before you use it")
 
 
 if __name__ == "__main__":
