@@ -20,7 +20,7 @@ Directions are fitted on the training episodes, correlations reported on held-ou
 
 Baselines in the same table: policies with random weights, training rows with shuffled actions, and the time
 in the episode. Beside them the held-out R2 of a linear probe. Writes cca.json and cca.png under --out.
-Measured for the tiny policy (64 pixels): 30 s on one core.
+Measured for the tiny policy (64 pixels): 50 s on one core.
 """
 import argparse
 import json

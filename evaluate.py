@@ -19,8 +19,7 @@ another --seed moves its success too; a claim about a method needs several check
 checkpoint, not the best of many on these starts.
 
 Measured on one CPU core with the tiny policy (64 pixels, two cameras): 8 ms per look, 10 ms per step of the
-twin with both cameras, 2 ms without. Estimated from that: 150 episodes that all fail 12 minutes, the two
-controls 3 more.
+twin with both cameras, 2 ms without. The default run, 90 episodes and 180 of the controls: 2.7 min, 1 GB.
 """
 import argparse
 import bisect

@@ -881,8 +881,8 @@ def main(argv=None):
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {low} or more")
     rejected = {"sim": film_twin, "inspect": inspect, "embed": embed_again}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        raise InputError(f"{100 * rejected:.0f} % of the items were rejected, above {100 * MAX_REJECTED:.0f} %: "
-                         "the dataset is written, but look at the reasons above before you use it")
+        raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}):"
+                         " the dataset is written, but look at the reasons above before you use it")
 
 
 if __name__ == "__main__":
