@@ -103,16 +103,18 @@ class TextEncoder:
         self.dim = self.DIM[self.name]
         if self.name == "hash":
             return
+        source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[name]
         try:
-            from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
-        except ImportError as e:
-            raise InputError(f"text encoder {self.name} needs transformers: "
-                             f"pip install transformers ({e})") from e
-        source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[self.name]
-        try:
-            model = CLIPTextModelWithProjection if self.name == "clip" else AutoModel
-            self.tokenizer, self.model = (AutoTokenizer.from_pretrained(source),
-                                          model.from_pretrained(source).eval())
+            from transformers import AutoTokenizer
+            if name == "clip":
+                from transformers import CLIPTextModelWithProjection as model
+            else:
+                from transformers import AutoModel as model
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = model.from_pretrained(source).eval()
+        except (ImportError, RuntimeError) as e:        # a torchvision that does not fit torch ends here, too
+            raise InputError(f"text encoder {name} needs a transformers that loads: pip install transformers "
+                             f"({str(e).splitlines()[0][:80]})") from e
         except (OSError, ValueError) as e:
             raise InputError(f"cannot load {source}: download it to a folder and type "
                              f"TEXT_ENCODER_FOLDER=FOLDER before the command "
