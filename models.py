@@ -559,7 +559,8 @@ class WorldModel(nn.Module):
 
     It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts
     the roll), then every action acts, the first one included.
-    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used.
+    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used; and it copies the
+    actions with torch.tensor(), which detaches them: no gradient reaches the policy.
 
     config {"size": name in WORLD_MODEL_SIZES, "image_size": 2^k, "action_dim": Z, "predict", "motion_weight",
     "free_bits", "decode_steps"}:
@@ -646,6 +647,7 @@ class WorldModel(nn.Module):
         start, posteriors, priors = self.observe(images, actions)
         drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
         context, future = images[:, :1].float() / 255, images[:, 1 + drawn].float() / 255  # (B, 1|m, 3, H, W)
+        # DEVIATION: pixels that differ from o_t weigh more: most of a picture is table.
         weight = (1 + self.config["motion_weight"]
                   * (future - context).abs().mean(2, keepdim=True))                   # (B, m, 1, H, W)
 
@@ -786,7 +788,8 @@ def init_from_pretrained(policy, weights, path):
 
     Only what finetuning must add may be new (last layer, further cameras, proprioception, normalisation),
     only the latent layer may be left over; all else means another architecture: InputError with the names.
-    UPSTREAM: the release skips what does not fit with a warning; on errors it silently starts from scratch.
+    UPSTREAM: the release copies the last layer, too, when the widths agree; it skips what does not fit with a
+    warning, and on errors it silently starts from scratch.
     """
     own = policy.state_dict()
     may_be_new = ("action_out.", "action_norm.", "proprio_norm.", "proprio_encoder.", "camera_embedding.")
