@@ -78,6 +78,8 @@ def run(main):
 
 
 def _fail(message, status=2):
+    for bar in list(getattr(tqdm, "_instances", ())):      # the line stands alone, not behind a progress bar
+        bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
