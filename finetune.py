@@ -104,10 +104,9 @@ def starting_point(args):
 def policy_config(args, pretrained, data):
     """Architecture from the checkpoint or the scratch flags, cameras and proprioception from the data."""
     if pretrained is None:
-        given = {k: getattr(args, k) for k in SCRATCH if getattr(args, k) is not None}
-        choice = {**SCRATCH, **given}
+        choice = {k: getattr(args, k) or default for k, default in SCRATCH.items()}
         config = dict(policy=choice["policy"], chunk=choice["chunk"], latent_dim=7, latent_norm=False,
-                      image_size=data.image_size, text_dim=data.text_dim, 
+                      image_size=data.image_size, text_dim=data.text_dim,
                       **policy_numbers(choice["policy"], choice["policy_size"]))
         text_encoder = data.text_encoder
     else:

@@ -3,7 +3,7 @@
     python pretrain.py                           # data/hand -> runs/pretrain/last.pt (policy and world model)
     python pretrain.py --smoke                   # a few steps, to see that everything runs
     python pretrain.py --resume                  # go on where a stopped run stood, with the same result
-    python pretrain.py --policy-size paper --world-model 50m --data data/ssv2    # the paper's sizes, one GPU
+    python pretrain.py --data data/ssv2 --probe-data none --policy-size paper --world-model 50m  # paper
     python pretrain.py --predict posterior --motion-weight 0 --latent-norm none  # the paper's plain objective
 
 The policy sees the first frame and the instruction and emits n latent actions; the world model must predict
