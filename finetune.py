@@ -24,7 +24,7 @@ from tqdm import tqdm
 from models import (POLICIES, InputError, Log, at_least, count, init_from_pretrained, load_checkpoint,
                     make_policy, open_run, pick_device, policy_numbers, provenance, random_shift, run,
                     save_checkpoint, to_device)
-from prepare_data import EpisodeDataset
+from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6)
 SCRATCH = dict(policy="baku", policy_size="tiny", chunk=10)
@@ -33,7 +33,12 @@ SCRATCH = dict(policy="baku", policy_size="tiny", chunk=10)
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/robot", help="dataset folder with actions (default %(default)s)")
+    g.add_argument("--data", nargs="+", default=["data/robot"], help="dataset folders with actions, of the "
+                   "same kind, cameras and proprioception (default data/robot)")
+    g.add_argument("--weights", nargs="+", type=float, help="share of the windows drawn from each, to any "
+                   "scale (default: every window is as likely)")
+    g.add_argument("--strides", nargs="+", type=int, help="frames per step in each: the changes of so many "
+                   "actions are added up (default: all to the rate of the slowest; one dataset: 1)")
     g.add_argument("--demos-per-task", type=int,
                    help="use the first N training demonstrations of each task (default all)")
     g.add_argument("--no-proprio", action="store_true",
@@ -113,11 +118,11 @@ def policy_config(args, pretrained, data):
         config, text_encoder = dict(pretrained["config"]), pretrained["text_encoder"]
     if text_encoder != data.text_encoder:
         raise InputError(f"{args.init} was pretrained with --text-encoder {text_encoder}, "
-                         f"{args.data} was embedded with {data.text_encoder}: python prepare_data.py embed "
-                         f"--data {args.data} --text-encoder {text_encoder}")
+                         f"{args.data[0]} was embedded with {data.text_encoder}: python prepare_data.py "
+                         f"embed --data {args.data[0]} --text-encoder {text_encoder}")
     if config["image_size"] != data.image_size:
         raise InputError(f"{args.init} was trained on {config['image_size']}-pixel images, "
-                         f"{args.data} has {data.image_size}: prepare the data with --image-size "
+                         f"{args.data[0]} has {data.image_size}: prepare the data with --image-size "
                          f"{config['image_size']}")
     config.update(cameras=data.cameras, head={"reinit": "action", "add": "add"}[args.head],
                   action_dim=data.action_dim, proprio_dim=None if args.no_proprio else data.proprio_dim,
@@ -158,10 +163,11 @@ def main(argv=None):
         pretrained, chunk = None, checkpoint["config"]["chunk"]
     else:
         pretrained, chunk = starting_point(args)
-    train = EpisodeDataset(args.data, chunk, split="train", demos_per_task=args.demos_per_task)
-    held_out = EpisodeDataset(args.data, chunk, split="val")
+    train, held_out = (
+        Mixture(args.data, chunk, args.weights, args.strides, split=split, demos_per_task=demos)
+        for split, demos in (("train", args.demos_per_task), ("val", None)))
     if train.action_dim is None:
-        raise InputError(f"{args.data} holds video only: finetuning needs actions (python prepare_data.py "
+        raise InputError(f"{args.data[0]} holds video only: finetuning needs actions (python prepare_data.py "
                          "sim makes some)")
 
     # ---- policy ----
@@ -176,17 +182,16 @@ def main(argv=None):
     if config["proprio_dim"]:
         policy.proprio_norm.fit(train.limits("proprio"))
     low, high = policy.action_norm.low.tolist(), policy.action_norm.high.tolist()
-    print("normaliser   actions of " + args.data + ": "
-          + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
-    print(f"data         {args.data}: {train.num_episodes} + {held_out.num_episodes} held-out episodes, "
-          f"{len(train):,} windows, cameras {', '.join(train.cameras)}")
+    print("normaliser   actions: " + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
+    print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes; cameras "
+          f"{', '.join(train.cameras)}")
     policy = policy.to(device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:
         if checkpoint["fingerprint"] != train.fingerprint:
-            raise InputError(f"{args.data} is not the data that {out}/last.pt was trained on: "
+            raise InputError(f"{' '.join(args.data)} is not the data that {out}/last.pt was trained on: "
                              "restore it, or give another --out")
         policy.load_state_dict(checkpoint["policy"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -196,7 +201,7 @@ def main(argv=None):
 
     # ---- loop ----
     # Batch and noise of a step follow from (seed, step) alone: no more need be saved for an exact resume.
-    batches = (np.random.default_rng([args.seed, step]).integers(len(train), size=args.batch_size).tolist()
+    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
     bar, clock, waited = (tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True),
@@ -237,7 +242,7 @@ def main(argv=None):
             save_checkpoint(out / "last.pt", dict(
                 stage="finetune", step=done, config=config, policy=policy.state_dict(),
                 optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
-                data={**train.attrs, "instructions": train.instructions}, fingerprint=train.fingerprint,
+                data=train.attrs, fingerprint=train.fingerprint,
                 provenance=origin))
         clock = time.time()
     bar.close()

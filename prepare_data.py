@@ -2,13 +2,17 @@
 
     python prepare_data.py sim                                      # the twin: data/robot and data/hand
     python prepare_data.py ssv2 --input /data/ssv2 --fraction 0.1   # Something-Something v2: data/ssv2
+    python prepare_data.py bridge --input /data/demos_8_17.zip      # BridgeData V2, the zip or its folder
+    python prepare_data.py libero --input /data/libero_object       # LIBERO's *_demo.hdf5
+    python prepare_data.py lerobot --input /data/my_robot           # a LeRobotDataset v3 folder
     python prepare_data.py videos --input my_clips --captions my_clips.csv
+    python prepare_data.py ssv2 --input /data/ssv2 --check          # read everything, write nothing
     python prepare_data.py inspect data/robot                       # numbers, and a contact sheet to look at
     python prepare_data.py embed --data data/ssv2 --text-encoder minilm
 
 A run may be killed at any moment: the same command with --resume goes on where it stopped and ends in the
-same bytes, whatever --workers is. Measured per second of a busy core: 15 clips of 48 frames at
-426x240, or one demonstration of the twin, or reading 1,500 windows of 11 frames at 64 pixels, 500 at 128.
+same bytes, whatever --workers is. What cannot be used is a line of rejects.jsonl, with the reason; more than
+5 % of such items end in exit status 2. `python tests/benchmark_data.py` measures the speed (README: figures).
 
 Timeline of a window of n actions that starts at frame t, as EpisodeDataset returns it:
 
@@ -28,30 +32,46 @@ without it is not a dataset. Shard k covers a fixed run of the source's items. N
     instruction_embedding    (E, L) float32               of the first annotation, by attrs' text_encoder
     fps                      (E,) float32                 frames per second
     actions, proprio         (N, A), (N, P) float32       absent for video; the row of an episode's last frame
-                                                          is the hold action (zeros, last gripper)
+                                                          is the hold action (changes zero, rest repeated)
     rejects                  (R,) str                     JSON: unusable items of the run and the reasons
 
-Canonical action: [dx dy dz (m), rotation vector (rad) x3, gripper]; attributes name frame and gripper sign.
-Adding a dataset is one generator of (name, job) and one entry in SOURCES.
+Canonical action: [dx dy dz, rotation x3, gripper], the source's own numbers; attributes name their units, the
+frame, which are changes per step, and the gripper's sign (Bridge 1 = open, LIBERO +1 = close).
+Adding a dataset is one generator of (name, job) and one entry in SOURCES. Read only the source you need:
+each stands under its own banner between "frames" and "the sources".
 """
 import argparse
+import atexit
+import codecs
 import collections
 import contextlib
 import csv
+import datetime
 import errno
 import functools
+import gc
 import glob
 import hashlib
+import importlib.util
 import io
 import json
+import logging
+import math
 import multiprocessing
 import os
+import pickle
 import re
+import shlex
+import shutil
 import signal
+import struct
 import sys
+import tempfile
 import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from xml.etree import ElementTree
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")    # damaged clips are counted, not shouted
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
@@ -59,14 +79,15 @@ import cv2
 import h5py
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from models import InputError, TextEncoder, file_hash, run, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2       # 2: attributes say which numbers of an action are changes per step
 MAX_REJECTED = 0.05       # share of rejected items above which the exit status says so
 VIDEO_CAMERA = "front"    # the one camera of a video: the robot's first, so that finetuning carries it over
-SSV2_CLIPS = "20bn-something-something-v2"
+SSV2_CLIPS, SSV2_LABELS = "20bn-something-something-v2", "20bn-something-something-download-package-labels"
 OURS = ("dataset.json", "labels/train.json", "rejects.jsonl", "contact_sheet.png", "[0-9]*.h5", "*.tmp",
         f"{SSV2_CLIPS}/*.webm", "arguments.json")       # what --overwrite removes; marks of completion first
 
@@ -144,10 +165,65 @@ def shrink(frame, size, rule):
     return cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
 
 
-def read_video(path, instructions, args):
-    """Job: one video file -> episode. Reject unless 90 % of the announced frames decode.
+def decode_image(data, size):
+    """Bytes of a JPEG or PNG -> (H, W, 3) uint8 BGR, as large as it is or half that and at least `size`.
+
+    A JPEG is drawn at half its size for half the time (a smaller inverse DCT; mean error 0.5 of 255). OpenCV
+    fills a file that was cut off with grey and says nothing: Reject unless the end marker is there.
+    """
+    end = b"\xff\xd9" if data[:2] == b"\xff\xd8" else b"IEND"
+    array = np.frombuffer(data, np.uint8)
+    image = cv2.imdecode(array, cv2.IMREAD_REDUCED_COLOR_2) if end in data[-64:] else None
+    if image is not None and min(image.shape[:2]) < size:
+        image = cv2.imdecode(array, cv2.IMREAD_COLOR)
+    if image is None:
+        raise Reject("damaged image", f"{len(data)} bytes, begins with {data[:8]!r}")
+    return image
+
+
+def to_jpegs(frames, args):
+    """(H, W, 3) BGR frames -> JPEGs of args.image_size pixels. Reject a camera that shows nothing.
+
+    Every fourth frame is looked at: one colour all over is a lens cap, a dead camera, or the dummy that some
+    releases have in place of a camera; a fade from black is shorter than a tenth.
+    """
+    jpegs, blank = [], 0
+    for frame in frames:
+        small = shrink(frame, args.image_size, args.resize)
+        blank += len(jpegs) % 4 == 0 and np.ptp(small) < 8
+        jpegs.append(encode_frame(small))
+    if blank > 0.1 * len(jpegs[::4]):
+        raise Reject("blank frames", f"{blank} of {len(jpegs[::4])} frames looked at are of one colour")
+    return jpegs
+
+
+def video_frames(capture, fps, start, end, stride):
+    """Frames (H, W, 3) BGR whose time is in [start, end) seconds, every stride-th of them.
+
+    A seek may land anywhere in an odd file: the frames' own times decide, and a seek that lands late is
+    replaced by reading from the beginning.
+    """
+    def now():
+        return capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 + 0.1 / fps      # containers round to milliseconds
+    if start > 0:
+        capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * start)
+    there, taken = capture.grab(), 0
+    if start > 0 and not (there and now() < start + 1.5 / fps):
+        capture.set(cv2.CAP_PROP_POS_MSEC, 0)
+        there = capture.grab()
+    while there and now() < end:
+        if now() >= start:
+            if taken % stride == 0:
+                yield capture.retrieve()[1]
+            taken += 1
+        there = capture.grab()
+
+
+def read_video(path, instructions, args, start=None, end=None):
+    """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of its frames decode.
 
     OpenCV returns what decodes of a cut file without a word, so the frames are counted against the header.
+    A hole inside a file that decodes to garbage, not to fewer frames, cannot be told from the picture.
     """
     if not os.path.exists(path):
         raise Reject("missing file")
@@ -159,16 +235,24 @@ def read_video(path, instructions, args):
     if not capture.isOpened():
         raise Reject("not a video", f"begins with {head!r}")
     announced, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-    jpegs = []
-    while (read := capture.read())[0]:
-        jpegs.append(encode_frame(shrink(read[1], args.image_size, args.resize)))
-    if announced > 0 and len(jpegs) < 0.9 * announced:
-        raise Reject("truncated", f"{len(jpegs)} of {announced:.0f} frames decode")
-    if len(jpegs) < args.min_frames:
-        raise Reject("too short", f"{len(jpegs)} frames, --min-frames {args.min_frames}")
     if not 0 < fps <= 240:
         raise Reject("no frame rate", f"{fps} frames per second")
-    return {"images": {VIDEO_CAMERA: jpegs}, "instructions": instructions, "fps": fps}
+    whole = start is None
+    start, end = (-math.inf, math.inf) if whole else (start, end)
+    jpegs = to_jpegs(video_frames(capture, fps, start, end, args.stride), args)
+    if not jpegs and int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") == b"av01":
+        raise Reject("AV1 video", "OpenCV does not decode it here: ffmpeg -i IN -c:v libx264 OUT.mp4 first")
+    expected = (announced if whole else (end - start) * fps) / args.stride
+    if len(jpegs) < 0.9 * expected:                          # a header that does not know says -1 or less
+        raise Reject("truncated", f"{len(jpegs)} of {expected:.0f} frames decode")
+    if len(jpegs) < args.min_frames:
+        raise Reject("too short", f"{len(jpegs)} frames, --min-frames {args.min_frames}")
+    return {"images": {VIDEO_CAMERA: jpegs}, "instructions": instructions, "fps": fps / args.stride}
+
+
+def refuse(reason, detail):
+    """Job of an item that its generator already knows to be unusable."""
+    raise Reject(reason, detail)
 
 
 # ---- source: Something-Something v2 ------------------------------------------------------------------------
@@ -178,9 +262,12 @@ def natural(text):
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
-def drawn(name, fraction):
-    """Whether an item is in a random share of all: by a hash of its name, whatever the other items are."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) < fraction * 16 ** 12
+def drawn(name, args):
+    """Whether an item is in the random share --fraction: by a hash of its name and --seed alone, whatever the
+    other items are, so that a larger share holds the smaller one and a missing file moves no other.
+    UPSTREAM: the release takes the first 10,000 files in lexicographic order."""
+    digest = hashlib.sha256(f"{args.seed}/{name}".encode()).hexdigest()
+    return int(digest[:12], 16) < args.fraction * 16 ** 12
 
 
 def ssv2_episodes(args):
@@ -189,67 +276,819 @@ def ssv2_episodes(args):
     Label files and folders go by many names (TwentyBN's, Qualcomm's, what people unpack them into): all are
     searched. `label` is what the annotator wrote; the refilled `template` differs from it in 22 % of clips.
     """
-    package, labels = "20bn-something-something-download-package-labels", {}
+    labels = {}
     for split in args.splits:
         places = [os.path.join(args.input, folder, name)
-                  for folder in ("labels", "labels/labels", "annotations", "", package, f"{package}/labels")
+                  for folder in ("labels", "labels/labels", "annotations", "", SSV2_LABELS,
+                                 f"{SSV2_LABELS}/labels", "videos", SSV2_CLIPS)
                   for name in (f"{split}.json", f"something-something-v2-{split}.json")]
         found = next((place for place in places if os.path.isfile(place)), None)
         print(f"labels of {split}: {found or 'not there'}")
         for entry in read_json(found) if found else []:
             if "id" not in entry or "label" not in entry:
                 raise InputError(f"{found}: {entry} has no id or no label; leave the test split out")
-            labels[str(entry["id"])] = entry["label"].strip()
+            labels[str(entry["id"])] = " ".join(entry["label"].split())
     if not labels:
         raise InputError(f"no labels in {args.input}: expected labels/train.json or "
-                         f"something-something-v2-train.json, as in {package}.zip")
+                         f"something-something-v2-train.json, as in {SSV2_LABELS}.zip")
     folders = [os.path.join(args.input, name) for name in (SSV2_CLIPS, "videos", "")]
     folder = next((f for f in folders if glob.glob(os.path.join(glob.escape(f), "*.webm"))), None)
     if folder is None:
-        raise InputError(f"no .webm in {' or '.join(folders)}: unpack there, cat {SSV2_CLIPS}-?? | tar zx")
+        raise InputError(ssv2_unpacking(folders))
     if not any(name.removesuffix(".webm") in labels for name in os.listdir(folder)):
         raise InputError(f"{folder} has none of the {len(labels)} labelled clips: do clips and labels match?")
     for clip in sorted(labels, key=natural):
-        if drawn(clip, args.fraction):
+        if drawn(clip, args):
             path = os.path.join(folder, f"{clip}.webm")
             yield clip, functools.partial(read_video, path, [labels[clip]], args)
+
+
+def ssv2_unpacking(folders):
+    """What to type when there is no clip: the archive parts, told by their first bytes, whatever their names.
+
+    The clips come as one gzipped tar cut into parts (-00 to -19, or -00 and -01), each perhaps zipped.
+    """
+    parts = [path for folder in folders for path in glob.glob(os.path.join(glob.escape(folder), "20bn-*"))
+             if os.path.isfile(path) and "labels" not in os.path.basename(path)]
+    for path in sorted(parts, key=natural):
+        with open(path, "rb") as f:
+            head = f.read(4)
+        where = f"cd {shlex.quote(os.path.dirname(path) or '.')} &&"
+        if head[:2] == b"PK":
+            return (f"the clips are still zipped ({path}): {where} for z in 20bn-*; do unzip -n $z; done; "
+                    f"cat {SSV2_CLIPS}-?? | tar zx")
+        if head[:2] == b"\x1f\x8b":
+            return (f"the clips are still in {len(parts)} parts of one archive ({path} is the first): "
+                    f"{where} cat {SSV2_CLIPS}-?? | tar zx")
+        if head == b"\x1a\x45\xdf\xa3":
+            return f"{path} is a clip without its ending: name the clips <id>.webm"
+        return (f"{path} is neither a zip nor the first part of the archive (it begins with {head!r}): fetch "
+                f"part 00 as well, then {where} cat {SSV2_CLIPS}-?? | tar zx")
+    return f"no .webm in {' or '.join(folders)}: unpack there, cat {SSV2_CLIPS}-?? | tar zx"
 
 
 # ---- source: a folder of videos ----------------------------------------------------------------------------
 
 def videos_episodes(args):
-    """All video files below a folder, one episode each, with one instruction for all or a CSV of captions."""
+    """All video files below a folder, one episode each, or the clips that a CSV cuts out of them.
+
+    One instruction for all, or a CSV with the columns file,instruction and, to cut, start,end in seconds.
+    """
     endings = (".mp4", ".webm", ".avi", ".mov", ".mkv")
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(args.input) for name in names]
     files = sorted((os.path.relpath(path, args.input).replace(os.sep, "/") for path in paths
                     if path.lower().endswith(endings)), key=natural)
     if not files:
         raise InputError(f"no video in {args.input}: expected files ending in {' '.join(endings)}")
-    captions = {name: [args.instruction] for name in files}
+    clips = {(name, None, None): [args.instruction] for name in files}
     if args.captions:
-        captions = read_captions(args.captions, set(files), args.input)
-        print(f"captions for {len(captions)} of {len(files)} videos; the others are left out")
+        clips = read_captions(args.captions, set(files), args.input)
+        print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos, {len(clips)} clips; "
+              "other videos are left out")
     elif not args.instruction:
         print("no --captions and no --instruction: every video gets the empty instruction")
-    for name in files:
-        if name in captions and drawn(name, args.fraction):
-            yield name, functools.partial(read_video, os.path.join(args.input, name), captions[name], args)
+    for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
+        name = file if start is None else f"{file}@{start:g}-{end:g}"
+        if drawn(name, args):
+            path = os.path.join(args.input, file)
+            yield name, functools.partial(read_video, path, clips[file, start, end], args, start, end)
 
 
 def read_captions(path, files, folder):
-    """CSV with columns file,instruction -> {file: [instruction, ...]}: several lines, several annotations."""
+    """CSV -> {(file, start, end): [instruction, ...]}: several lines for one clip are several annotations."""
     captions = {}
     if not os.path.isfile(path):
         raise InputError(f"no captions at {path}: give a CSV with the columns file,instruction")
     with open(path, encoding="utf-8-sig", newline="") as f:
         rows = csv.DictReader(f)
-        if not {"file", "instruction"} <= set(rows.fieldnames or ()):
-            raise InputError(f"{path} has the columns {rows.fieldnames}: expected file,instruction")
+        columns = set(rows.fieldnames or ())
+        if not {"file", "instruction"} <= columns or len(columns & {"start", "end"}) == 1:
+            raise InputError(f"{path} has the columns {rows.fieldnames}: expected file,instruction and, to "
+                             "cut clips out of the files, start,end")
         for row in rows:
+            where = f"{path}, line {rows.line_num}"
             if row["file"] not in files:
-                raise InputError(f"{path}, line {rows.line_num}: no video {row['file']!r} in {folder}")
-            captions.setdefault(row["file"], []).append((row["instruction"] or "").strip())
+                raise InputError(f"{where}: no video {row['file']!r} in {folder}")
+            times = [row.get("start"), row.get("end")]
+            start, end = None, None
+            if any(times):
+                try:
+                    start, end = map(float, times)
+                except (TypeError, ValueError):
+                    start, end = 0.0, 0.0
+                if not 0 <= start < end < math.inf:
+                    raise InputError(f"{where}: start {times[0]!r} and end {times[1]!r} are to be seconds, "
+                                     "0 <= start < end, or both empty for the whole file")
+            text = " ".join((row["instruction"] or "").split())
+            captions.setdefault((row["file"], start, end), []).append(text)
     return captions
+
+
+# ---- source: BridgeData V2 ---------------------------------------------------------------------------------
+
+BRIDGE_HZ = 5                                        # one action every 0.2 s
+BRIDGE_CAMERA_LATE_UNTIL = datetime.date(2021, 7, 23)
+BRIDGE_FILES = ("obs_dict.pkl", "policy_out.pkl", "lang.txt")       # agent_data.pkl pickles ROS classes
+BRIDGE_WANTED = re.compile(r"images\d+/[^/]+|" + "|".join(map(re.escape, BRIDGE_FILES)))
+
+
+def bridge_episodes(args):
+    """Trajectories of the raw release, from its folder or straight from its zip.
+
+    .../<YYYY-MM-DD_HH-MM-SS>/{config.json, raw/traj_group<k>/traj<i>/{obs_dict.pkl, policy_out.pkl, lang.txt,
+    images0/im_<t>.jpg, ...}}; folders above the date differ in depth. Trajectories without an annotation keep
+    the empty instruction: their pictures teach the world model as well.
+    UPSTREAM: the release sorts im_0, im_1, im_10, im_11, ..., drops the last image, writes black videos where
+    images are missing, and reads the bridge_data_v2 subtree only.
+    """
+    found = (zip_trajectories if os.path.isfile(args.input) else tree_trajectories)(args.input)
+    if not found:
+        raise InputError(f"no trajectory in {args.input}: expected folders traj_group*/traj* somewhere in "
+                         "it, as in demos_8_17.zip or what it unpacks to")
+    print(f"{len(found)} trajectories (all of BridgeData V2: 60,096 = 50,365 demonstrations, 9,731 scripted)")
+    for name in sorted(found, key=natural):
+        if drawn(name, args):
+            yield name, functools.partial(bridge_episode, name, found[name], args)
+
+
+def tree_trajectories(root):
+    """Folder -> {relative name of a trajectory: function that lists its files}."""
+    found = {}
+    for folder, below, _ in os.walk(root):
+        below[:] = [name for name in below if "lmdb" not in name]
+        if os.path.basename(folder).startswith("traj_group"):
+            for name in below:
+                if name.startswith("traj"):
+                    path = os.path.join(folder, name)
+                    found[os.path.relpath(path, root).replace(os.sep, "/")] = functools.partial(
+                        tree_files, path)
+            below.clear()                            # never list the millions of images
+    return found
+
+
+def tree_files(folder):
+    """Files of one trajectory -> {relative name: function that reads it}."""
+    names = [name for path, _, below in os.walk(folder) for name in
+             (os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/") for file in below)]
+    files = {name: os.path.join(folder, name) for name in names if BRIDGE_WANTED.fullmatch(name)}
+    config = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(folder))), "config.json")
+    if os.path.isfile(config):
+        files["config.json"] = config
+    return {name: functools.partial(read_bytes, path) for name, path in files.items()}
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def bridge_episode(name, list_files, args):
+    """Job: one trajectory -> episode. T images, T-1 actions, T states."""
+    files = list_files()
+    missing = [file for file in BRIDGE_FILES[:2] if file not in files]
+    if missing:
+        raise Reject("missing file", f"no {' and no '.join(missing)}")
+    actions = bridge_actions(read_pickle(files["policy_out.pkl"](), "policy_out.pkl"))           # (T-1, 7)
+    observed = read_pickle(files["obs_dict.pkl"](), "obs_dict.pkl")
+    state = observed.get("full_state", observed.get("state")) if isinstance(observed, dict) else None
+    if np.ndim(state) != 2 or np.shape(state)[1] != 7:
+        raise Reject("no full_state", f"obs_dict.pkl: full_state of shape {np.shape(state)}, expected (T, 7)")
+    frames = {camera: bridge_frames(camera, files) for camera in args.cameras}    # {camera: T file names}
+    counts = {len(names) for names in frames.values()}
+    if counts != {len(actions) + 1}:
+        raise Reject("frame count", f"{' and '.join(map(str, sorted(counts)))} images, {len(actions)} "
+                                    "actions: expected one image more than actions")
+    dated, late = re.search(r"(\d{4})-(\d\d)-(\d\d)_\d\d-\d\d-\d\d", name), False
+    if dated:                                        # without a date: the scripted part, from 2022 and later
+        try:
+            late = datetime.date(*map(int, dated.groups())) < BRIDGE_CAMERA_LATE_UNTIL
+        except ValueError:
+            raise Reject("bad date", dated[0]) from None
+    if late:
+        # Until that day the picture taken at step t+1 shows the world of step t: drop the first picture and
+        # the last action. ASSUMPTION: joint states were not late, state[t] goes with picture t+1 (the
+        # authors' converter shifts the state, too, and loses files with one state less than images).
+        frames = {camera: names[1:] for camera, names in frames.items()}
+        actions, state = actions[:-1], state[:len(actions)]
+    T = len(actions) + 1
+    if len(state) != T:
+        raise Reject("state count", f"{len(state)} rows of full_state, {T} images")
+    if T < args.min_frames:
+        raise Reject("too short", f"{T} frames, --min-frames {args.min_frames}")
+    images = {camera: to_jpegs((decode_image(files[file](), args.image_size) for file in names), args)
+              for camera, names in frames.items()}
+    return {"images": images, "instructions": bridge_annotations(files), "fps": BRIDGE_HZ, "actions": actions,
+            "proprio": state}
+
+
+def bridge_frames(camera, files):
+    """Names of a camera's images im_0.jpg, im_1.jpg, ..., in numeric order. Reject when one is missing.
+
+    "front" is images0, over the shoulder; "images2" a folder; any other word (wrist, blue, yellow, D435) is
+    looked up in config.json, whose camera_topics stand in the order of the folders.
+    """
+    folder = "images0" if camera == VIDEO_CAMERA else camera
+    if not re.fullmatch(r"images\d+", folder):
+        topics = camera_topics(json.loads(files["config.json"]())) if "config.json" in files else []
+        index = next((i for i, topic in enumerate(topics) if camera.lower() in str(topic).lower()), None)
+        if index is None:
+            raise Reject("no such camera", f"{camera}: config.json has {topics or 'no camera_topics'}"[:200])
+        folder = f"images{index}"
+    numbered = {int(match[1]): file for file in files
+                if (match := re.fullmatch(rf"{folder}/im_(\d+)\.jpe?g", file))}
+    if not numbered:
+        raise Reject("no such camera", f"{camera}: no images in {folder}")
+    gaps = sorted(set(range(max(numbered) + 1)) - set(numbered))
+    if gaps:
+        raise Reject("missing frames", f"{folder}/im_{gaps[0]}.jpg and {len(gaps) - 1} more of "
+                                       f"{max(numbered) + 1}")
+    return [numbered[t] for t in range(len(numbered))]
+
+
+def camera_topics(config):
+    """The first list called camera_topics anywhere in config.json, or []."""
+    values = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
+    if isinstance(config, dict) and isinstance(config.get("camera_topics"), list):
+        return config["camera_topics"]
+    return next((topics for value in values if (topics := camera_topics(value))), [])
+
+
+def bridge_actions(stored):
+    """policy_out.pkl, a list of dicts or of arrays -> (T-1, 7) float64. Reject anything else."""
+    try:
+        actions = np.array([step["actions"] if isinstance(step, dict) else step for step in stored], float)
+    except (KeyError, TypeError, ValueError):
+        actions = np.zeros(0)
+    if actions.ndim != 2 or actions.shape[1] != 7:
+        raise Reject("odd policy_out.pkl", "expected a list of dicts with 7 actions each, or of 7 numbers")
+    return actions
+
+
+def bridge_annotations(files):
+    """lang.txt -> its different annotations in their order, [""] without any.
+
+    Written by many hands: UTF-8 or Mac Roman, with or without a last newline, blank lines, a line of
+    confidence values, the same sentence twice, or nothing at all.
+    """
+    data = files["lang.txt"]() if "lang.txt" in files else b""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("mac_roman")
+    lines = [" ".join(line.split()) for line in text.replace("\0", "").splitlines()]
+    return list(dict.fromkeys(line for line in lines if line and "confidence" not in line.lower())) or [""]
+
+
+class NumpyUnpickler(pickle.Unpickler):
+    """Admits arrays, numbers and plain containers. A pickle is a program: what else it names would run."""
+    NAMED = {name: kind for kind in (np.ndarray, np.dtype, collections.OrderedDict)
+             for name in [(kind.__module__, kind.__name__)]}
+    NAMED["_codecs", "encode"] = codecs.encode           # how bytes are written by older protocols
+    for made in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0]):
+        for module in (made.__module__, "numpy.core.multiarray", "numpy._core.multiarray",
+                       "numpy.core.numeric", "numpy._core.numeric"):
+            NAMED[module, made.__name__] = made
+
+    def find_class(self, module, name):
+        if (module, name) not in self.NAMED:
+            raise Reject("unsafe pickle", f"it names {module}.{name}")
+        return self.NAMED[module, name]
+
+
+def read_pickle(data, name):
+    """Pickle -> the data in it. Reject when it is damaged or names anything but numpy; nothing is run."""
+    try:
+        return NumpyUnpickler(io.BytesIO(data)).load()
+    except Reject as reject:
+        raise Reject(reject.args[0], f"{name}: {reject.args[1]}; nothing in it was run") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+            UnicodeDecodeError, MemoryError, OverflowError) as error:
+        raise Reject("damaged pickle", f"{name}: {type(error).__name__}: {error}"[:200]) from None
+
+
+# The zip has millions of members: zipfile would hold an object for each, gigabytes, in every process. Here
+# one pass notes where in the archive's directory each trajectory's entries lie; its job reads those alone.
+
+def zip_trajectories(path):
+    """Zip -> {name of a trajectory: function that lists its files}. InputError when it is not a whole zip."""
+    found, configs = {}, {}                          # {name: [[start, end], ...]} in the archive's directory
+    with open(path, "rb") as f:
+        start, end = zip_directory(f, path)
+        f.seek(start)
+        for name, place, _ in zip_entries(f.read(end - start), start, path):
+            match = re.fullmatch(r"(.*?traj_group\d*/traj[^/]*)/(.+)", name)
+            if match and "lmdb" not in name and BRIDGE_WANTED.fullmatch(match[2]):
+                parts = found.setdefault(match[1], [])
+                if parts and parts[-1][1] == place[0]:
+                    parts[-1][1] = place[1]
+                else:
+                    parts.append(list(place))
+            elif name.endswith("/config.json") or name == "config.json":
+                configs[name.rpartition("/")[0]] = list(place)
+    for name, parts in found.items():
+        dated = name.rsplit("/", 3)[0] if name.count("/") > 2 else ""
+        found[name] = functools.partial(zip_files, path, parts, configs.get(dated))
+    return found
+
+
+def zip_directory(f, path):
+    """Open zip -> (start, end) of its central directory in the file, from the records at its very end."""
+    size = f.seek(0, os.SEEK_END)
+    tail_at = max(0, size - 65557)
+    f.seek(tail_at)
+    tail = f.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0:
+        raise InputError(f"{path} is not a whole zip ({size:,} bytes, no directory at its end): was it "
+                         "downloaded to the end? fetch it again, or give the folder it unpacks to")
+    length, start = struct.unpack_from("<2L", tail, at + 12)
+    if tail[max(0, at - 20):at][:4] == b"PK\6\7":            # zip64: more than 4 GiB or 65,535 members
+        f.seek(struct.unpack_from("<Q", tail, at - 12)[0])
+        length, start = struct.unpack_from("<2Q", f.read(56), 40)
+    return start, start + length
+
+
+def zip_entries(directory, start, path):
+    """Bytes of (a part of) a central directory that lie at `start` -> (name, (start, end), where) each.
+
+    where: (method, crc, compressed size, offset of the member), what zip_read needs.
+    """
+    at = 0
+    while at + 46 <= len(directory):
+        (mark, _, _, flags, method, _, _, crc, packed, size, name, extra, comment, _, _, _,
+         offset) = struct.unpack_from("<4s6H3L5H2L", directory, at)
+        if mark != b"PK\1\2":
+            raise InputError(f"the directory of {path} is damaged at byte {start + at}: fetch the zip again")
+        fields = directory[at + 46 + name:at + 46 + name + extra]
+        while len(fields) >= 4:                      # zip64: the sizes that do not fit stand here, in order
+            kind, width = struct.unpack_from("<2H", fields)
+            if kind == 1:
+                wide = iter(struct.unpack_from(f"<{width // 8}Q", fields, 4))
+                size, packed, offset = (next(wide) if value == 0xffffffff else value
+                                        for value in (size, packed, offset))
+            fields = fields[4 + width:]
+        text = directory[at + 46:at + 46 + name].decode("utf-8" if flags & 0x800 else "cp437")
+        end = at + 46 + name + extra + comment
+        yield text, (start + at, start + end), (method, crc, packed, offset)
+        at = end
+
+
+def zip_files(path, parts, config):
+    """Files of one trajectory in a zip -> {relative name: function that reads it}."""
+    files = {}
+    with open(path, "rb") as f:
+        for start, end in parts + ([config] if config else []):
+            f.seek(start)
+            for name, _, where in zip_entries(f.read(end - start), start, path):
+                name = re.sub(r".*?traj_group\d*/traj[^/]*/", "", name).rpartition("/config.json")
+                files[name[0] or name[2] if not name[1] else "config.json"] = functools.partial(
+                    zip_read, path, *where)
+    return files
+
+
+def zip_read(path, method, crc, packed, offset):
+    """One member's content. Reject when it is damaged."""
+    with open(path, "rb") as f:
+        f.seek(offset)
+        header = f.read(30)
+        if header[:4] == b"PK\3\4":
+            f.seek(sum(struct.unpack_from("<2H", header, 26)), os.SEEK_CUR)
+            data = f.read(packed)
+            try:
+                data = zlib.decompress(data, -15) if method == 8 else data
+            except zlib.error:
+                data = b""
+            if method in (0, 8) and zlib.crc32(data) == crc:
+                return data
+    raise Reject("damaged in the zip", f"the member at byte {offset} (method {method})")
+
+
+# ---- source: LIBERO ----------------------------------------------------------------------------------------
+
+LIBERO_HZ = 20
+LIBERO_CAMERAS = {"agentview": ("agentview_rgb", "agentview_image"),
+                  "wrist": ("eye_in_hand_rgb", "robot0_eye_in_hand_image")}     # (raw, processed) names
+
+
+def libero_episodes(args):
+    """Demonstrations of LIBERO's <task>_demo.hdf5, of any suite, in three states that are all around:
+
+    raw        obs/*_rgb, upside down, read AFTER the action of the same row (LIBERO's create_dataset.py)
+    replayed   the same names, read before it (openvla's "no-noops"); told from raw by comparing
+               obs/joint_states with states, never by the file's name
+    processed  obs/*_image, upright, read before it (Adapt3R's, and LAWM's, process_libero_data.py)
+    Files with states and actions alone are drawn by the simulator, --render.
+    Two annotations: the one in the file (the BDDL's), then the task's name, which differs in some suites.
+    """
+    paths = [args.input] if os.path.isfile(args.input) else [
+        os.path.join(folder, name) for folder, _, names in os.walk(args.input) for name in names
+        if name.endswith((".hdf5", ".h5"))]
+    if not paths:
+        raise InputError(f"no .hdf5 in {args.input}: expected <task>_demo.hdf5, or folders of them")
+    root = args.input if os.path.isdir(args.input) else os.path.dirname(args.input)
+    if args.render:
+        import_libero(args.libero_assets)            # before the first hour of rendering, not in its course
+    tasks = {}                                       # {path: (instructions, demo keys, successes or None)}
+    for path in sorted(paths, key=natural):
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        try:
+            with h5py.File(path, "r") as f:
+                keys = sorted((key for key in f["data"] if key.startswith("demo")), key=natural)
+                bare = [key for key in keys if not any(f"obs/{image}" in f["data"][key]
+                                                       for image in LIBERO_CAMERAS["agentview"])]
+                instructions = libero_instructions(f["data"].attrs, path)
+                successes = libero_successes(f, keys)
+        except (OSError, KeyError, ValueError) as error:
+            print(f"{path} cannot be read: left out, fetch it again")
+            yield name, functools.partial(refuse, "damaged file", str(error).splitlines()[0][:200])
+            continue
+        tasks[name] = (path, instructions, keys, successes)
+        if bare and not args.render:
+            raise InputError(f"{path} holds states but no images in {bare[0]}: --render draws them with the "
+                             "simulator, or fetch the files with images")
+    if args.render and not args.keep_failures:
+        jobs = [functools.partial(simulated_successes, path, keys, args)
+                for path, _, keys, _ in tasks.values()]
+        with contextlib.closing(run_jobs(jobs, args.workers)) as results:
+            results = list(tqdm(results, "successes", len(jobs), unit="task"))
+        tasks = {name: (*task[:3], None if isinstance(known, Reject) else known)
+                 for (name, task), known in zip(tasks.items(), results)}
+    for name, (path, instructions, keys, successes) in tasks.items():
+        for key in choose_successes(name, keys, successes, args):
+            if drawn(f"{name}/{key}", args):
+                yield f"{name}/{key}", functools.partial(libero_demo, path, key, instructions, args)
+
+
+def libero_instructions(attrs, path):
+    """-> [the file's own instruction, the one in its name], or one where they agree."""
+    info = json.loads(attrs.get("problem_info", "{}"))
+    text = info.get("language_instruction") or ""
+    text = "".join(text) if isinstance(text, list) and max(map(len, text)) == 1 else (
+        " ".join(text) if isinstance(text, list) else text)
+    name = re.sub(r"(_demo)?\.(hdf5|h5)$", "", os.path.basename(path))
+    name = re.sub(r"^.*SCENE\d+_", "", name).replace("_", " ")
+    return list(dict.fromkeys(t for t in (" ".join(text.strip(' "\n').split()), name) if t))
+
+
+def libero_successes(f, keys):
+    """Successes that a file records, [bool], or None: raw files end every demonstration with reward 1."""
+    if all("success" in f["data"][key] for key in keys):
+        return [bool(np.any(f["data"][key]["success"][:])) for key in keys]
+    return None
+
+
+def choose_successes(name, keys, successes, args):
+    """Demonstrations to keep; never none of a task."""
+    if successes is None or args.keep_failures or all(successes):
+        return keys
+    kept = [key for key, success in zip(keys, successes) if success]
+    if not kept:
+        print(f"{name}: none of the {len(keys)} demonstrations succeeds (wrong initial states?): all are "
+              "KEPT, look at them before you train on this task")
+        return keys
+    print(f"{name}: {len(keys) - len(kept)} of {len(keys)} demonstrations left out, they do not succeed "
+          "(--keep-failures keeps them)")
+    return kept
+
+
+def libero_demo(path, key, instructions, args):
+    """Job: one demonstration -> episode. T rows give T images and T-1 actions: one has no image beside it."""
+    try:
+        with h5py.File(path, "r") as f:
+            demo = f["data"][key]
+            actions = demo["actions"][:]
+            if args.render:
+                images, proprio, after = *draw_states(f, demo, path, args), False
+            else:
+                images, proprio, after = stored_observations(f, demo, args)
+    except (OSError, KeyError, ValueError) as error:
+        raise Reject("damaged file", f"{type(error).__name__}: {error}"[:200]) from None
+    lengths = {len(actions), len(proprio), *map(len, images.values())}
+    if len(lengths) > 1 or actions.ndim != 2 or actions.shape[1] != 7:
+        raise Reject("odd lengths", f"actions {actions.shape}, {len(proprio)} states, "
+                                    f"{[len(frames) for frames in images.values()]} images")
+    still = np.linalg.norm(actions[:, :6], axis=1) < 1e-4                # as openvla's filter
+    still &= np.append(True, actions[1:, 6] == actions[:-1, 6])
+    # obs[t] after actions[t] was seen when actions[t+1] was commanded, and actions[0] has no image; obs[t]
+    # before it leaves the last action without an image after it.
+    actions, still = (actions[1:], still[1:]) if after else (actions[:-1], still[:-1])
+    if args.drop_noops:
+        if still.all():
+            raise Reject("nothing but no-ops", f"{len(still)} of them")
+        kept = np.append(~still, True)                                   # the last image stays
+        actions, proprio = actions[~still], proprio[kept]
+        images = {camera: [frame for frame, keep in zip(frames, kept) if keep]
+                  for camera, frames in images.items()}
+    if len(proprio) < args.min_frames:
+        raise Reject("too short", f"{len(proprio)} frames, --min-frames {args.min_frames}")
+    jpegs = {camera: to_jpegs((frame[..., ::-1] for frame in frames), args)
+             for camera, frames in images.items()}
+    return {"images": jpegs, "instructions": instructions, "fps": LIBERO_HZ, "actions": actions,
+            "proprio": proprio}
+
+
+def stored_observations(f, demo, args):
+    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), whether they were read after the row's action."""
+    obs, names = demo["obs"], {}
+    for camera in args.cameras:
+        names[camera] = next((name for name in LIBERO_CAMERAS[camera] if name in obs), None)
+        if names[camera] is None:
+            raise Reject("no such camera", f"{camera}: obs has {', '.join(obs)}"[:200])
+    raw = all(name.endswith("_rgb") for name in names.values())
+    upside_down = raw and f["data"].attrs.get("macros_image_convention", "opengl") != "opencv"
+    images = {camera: obs[name][:][:, ::-1 if upside_down else 1] for camera, name in names.items()}
+    if raw:
+        proprio = np.hstack([obs["ee_pos"], obs["ee_ori"], obs["gripper_states"]])
+    else:
+        quaternion = Rotation.from_matrix(obs["hand_mat"][:, :3, :3]).as_quat()          # x y z w
+        quaternion *= np.where(quaternion[:, :1] < 0, -1, 1)     # the half in which the hand points down
+        proprio = np.hstack([obs["robot0_eef_pos"], axis_angle(quaternion), obs["robot0_gripper_qpos"]])
+    return images, proprio, observed_after(demo) if raw else False
+
+
+def observed_after(demo):
+    """Whether obs[t] was read after actions[t]. states[t] never is, and its numbers 1 to 7 are the arm's
+    joints: obs/joint_states[t] equals those of states[t+1], or of states[t]."""
+    if "states" not in demo or demo["states"].ndim != 2 or "joint_states" not in demo["obs"]:
+        return True                                  # a raw file that lost its states
+    joints, states = demo["obs/joint_states"][:], demo["states"][:, 1:8]
+    return bool(np.abs(joints[:-1] - states[1:]).mean() <= np.abs(joints - states).mean())
+
+
+def axis_angle(quaternion):
+    """Unit quaternions (T, 4), x y z w -> rotation vectors (T, 3) with angles 0 to 2 pi, as in robosuite: no
+    jump where the angle passes pi, which a hand that points down does all the time."""
+    w = np.clip(quaternion[:, 3:], -1, 1)
+    sine = np.sqrt(1 - w ** 2)
+    return quaternion[:, :3] * np.where(sine > 1e-8, 2 * np.arccos(w) / np.maximum(sine, 1e-8), 0)
+
+
+def import_libero(assets=None):
+    """-> the module libero.libero, pointed at its assets: --libero-assets, else $LIBERO_ASSETS, else those in
+    the package, else what libero fetches itself. InputError when there are none.
+
+    Imported as it comes, it asks a question on stdin and writes into the home folder: its settings go to a
+    temporary folder instead.
+    """
+    import robot  # noqa: F401  (chooses EGL or OSMesa before mujoco is imported)
+    spec = importlib.util.find_spec("libero")
+    if spec is None:
+        raise InputError("the simulator is not installed: pip install -r requirements.txt")
+    if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
+        root, folder = os.path.join(spec.submodule_search_locations[0], "libero"), tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["LIBERO_CONFIG_PATH"] = folder
+        with open(os.path.join(folder, "config.yaml"), "w") as f:        # JSON is YAML
+            json.dump({"benchmark_root": root, "bddl_files": f"{root}/bddl_files", "datasets": folder,
+                       "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    from libero import libero
+    given = assets or os.environ.get("LIBERO_ASSETS")
+    if given:
+        libero._assets_path_cache = os.path.abspath(given)
+    found = given or libero.get_assets_path()
+    if not os.path.isdir(os.path.join(found, "scenes")):
+        raise InputError(f"LIBERO's assets are not in {found} (no folder scenes): give the folder with "
+                         "--libero-assets or LIBERO_ASSETS")
+    return libero
+
+
+_simulator = {}
+
+
+def close_simulator():
+    """Give the simulator's OpenGL context back: at exit, OpenGL is gone before the garbage is collected."""
+    while _simulator:
+        _simulator.popitem()[1].close()
+    gc.collect()
+
+
+def libero_simulator(bddl, image_size, assets):
+    """The simulator of one task, the last one kept: building it takes seconds."""
+    if (bddl, image_size) not in _simulator:
+        close_simulator()
+        import_libero(assets)
+        from libero.libero.envs import OffScreenRenderEnv
+        env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=image_size, camera_widths=image_size)
+        env.env.reset()                              # env.reset() would swallow every error and try for ever
+        atexit.unregister(close_simulator)           # OpenGL has registered its end by now; ours, being
+        atexit.register(close_simulator)             # registered later, comes before it
+        _simulator[bddl, image_size] = env
+    return _simulator[bddl, image_size]
+
+
+def task_simulator(f, path, args):
+    """Simulator of the task of an open demonstration file."""
+    root = os.path.join(os.path.dirname(import_libero(args.libero_assets).__file__), "bddl_files")
+    named = str(f["data"].attrs.get("bddl_file_name", ""))
+    name = re.sub(r"(_demo)?\.(hdf5|h5)$", ".bddl", os.path.basename(path))
+    places = [os.path.join(root, *named.split("/")[-2:])] if named else []
+    places += glob.glob(os.path.join(root, "*", name))
+    bddl = next((place for place in places if os.path.isfile(place)), None)
+    if bddl is None:
+        raise Reject("unknown task", f"libero has no {named or name}")
+    return libero_simulator(bddl, args.image_size, args.libero_assets)
+
+
+def place_scene(env, demo):
+    """Furniture is placed at random by a reset and is not part of the state: take its poses from the file."""
+    model, attrs = env.sim.model, demo.attrs
+    if "fixture_poses" in attrs:
+        poses = json.loads(attrs["fixture_poses"])
+    else:                                            # raw files carry the whole model: its outermost bodies
+        bodies = ElementTree.fromstring(attrs.get("model_file", "<mujoco/>")).findall("worldbody/body")
+        poses = {body.get("name"): [body.get("pos", "0 0 0").split(), body.get("quat", "1 0 0 0").split()]
+                 for body in bodies if not set(body.attrib) & {"euler", "axisangle", "xyaxes", "zaxis"}}
+    for name, (position, quaternion) in poses.items():
+        if name in model.body_names:
+            body = model.body_name2id(name)
+            model.body_pos[body], model.body_quat[body] = np.float64(position), np.float64(quaternion)
+    width = len(env.get_sim_state())
+    if demo["states"].ndim != 2 or demo["states"].shape[1] != width:
+        raise Reject("states of another scene", f"{demo['states'].shape}, the simulator has {width} numbers")
+
+
+def draw_states(f, demo, path, args):
+    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action."""
+    env, rows = task_simulator(f, path, args), []
+    place_scene(env, demo)
+    images = {camera: [] for camera in args.cameras}
+    for state in demo["states"][:].astype(np.float64):
+        seen = env.regenerate_obs_from_state(state)
+        for camera, frames in images.items():
+            frames.append(seen[LIBERO_CAMERAS[camera][1]][::-1])         # OpenGL draws from below
+        rows.append([seen["robot0_eef_pos"], seen["robot0_eef_quat"], seen["robot0_gripper_qpos"]])
+    position, quaternion, fingers = map(np.array, zip(*rows))
+    return images, np.hstack([position, axis_angle(quaternion), fingers])
+
+
+def simulated_successes(path, keys, args):
+    """Job: whether each demonstration of a file reaches its goal in one of its last 20 states."""
+    with h5py.File(path, "r") as f:
+        env, successes = task_simulator(f, path, args), []
+        for key in keys:
+            place_scene(env, f["data"][key])
+            successes.append(False)
+            for state in f["data"][key]["states"][-20:].astype(np.float64):
+                env.set_state(state)
+                env.sim.forward()
+                successes[-1] |= bool(env.check_success())
+    return successes
+
+
+# ---- source: a LeRobotDataset v3 ---------------------------------------------------------------------------
+
+def lerobot_episodes(args):
+    """Episodes of a LeRobotDataset v3 folder: parquet tables, and videos that hold many episodes each.
+
+    Its row t is what was seen before action t: T rows give T images and T-1 actions.
+    """
+    info = lerobot_info(args)
+    parquet = import_lerobot_readers()[0]
+    tables = glob.glob(os.path.join(glob.escape(args.input), "meta/episodes/*/*.parquet"))
+    if not tables:
+        raise InputError(f"no meta/episodes/*/*.parquet in {args.input}: copied in part? fetch it again")
+    keys = lerobot_cameras(info, args)
+    videos = [key for key in keys.values() if info["features"][key]["dtype"] == "video"]
+    columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"] + [
+        f"videos/{key}/{what}" for key in videos for what in ("chunk_index", "file_index", "from_timestamp")]
+    rows = [row for path in sorted(tables, key=natural)
+            for row in parquet.read_table(path, columns=columns).to_pylist()]
+    rows = {row["episode_index"]: row for row in rows}                   # a stale table may repeat some
+    if len(rows) != info.get("total_episodes", len(rows)):
+        print(f"meta/episodes has {len(rows)} episodes, info.json says {info['total_episodes']}")
+    for index in sorted(rows):
+        if drawn(str(index), args):
+            yield f"episode-{index:06d}", functools.partial(lerobot_episode, rows[index], keys, info, args)
+
+
+def import_lerobot_readers():
+    """-> pyarrow.parquet, av: what LeRobot's tables and (AV1) videos need, an optional extra."""
+    try:
+        import av
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"LeRobot datasets need two packages more ({error.name} is missing): "
+                         "pip install pyarrow av") from None
+    return pyarrow.parquet, av
+
+
+def lerobot_info(args):
+    """meta/info.json, checked. InputError."""
+    path = os.path.join(args.input, "meta", "info.json")
+    if not os.path.isfile(path):
+        raise InputError(f"no meta/info.json in {args.input}: expected a LeRobotDataset v3 folder")
+    info = read_json(path)
+    if not str(info.get("codebase_version")).startswith("v3"):
+        raise InputError(f"{args.input} is a LeRobotDataset {info.get('codebase_version')}, expected v3: "
+                         "convert it with LeRobot's own convert_dataset_v21_to_v30.py")
+    return info
+
+
+def lerobot_cameras(info, args):
+    """{our name: feature} of the chosen cameras, in order; all that are not depth by default. InputError."""
+    def is_depth(feature):
+        about = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
+        return about.get("is_depth_map") or about.get("video.is_depth_map")
+    known = {key.removeprefix("observation.images.").removeprefix("observation."): key
+             for key, feature in info["features"].items()
+             if feature["dtype"] in ("video", "image") and not is_depth(feature)}
+    for camera in args.cameras or []:
+        if camera not in known:
+            raise InputError(f"{args.input} has no camera {camera!r}, but {', '.join(known)}")
+    if not known:
+        raise InputError(f"{args.input} has no camera: a policy needs one")
+    return {camera: known[camera] for camera in args.cameras or known}
+
+
+def lerobot_vector(info, key, args):
+    """Attribute of "action" or "observation.state" from info.json, or None where it has none."""
+    feature = info["features"].get(key)
+    if feature is None:
+        return None
+    names = feature.get("names") or []
+    while isinstance(names, dict):                                       # {"motors": [...]}
+        names = next(iter(names.values()))
+    width = feature["shape"][0]
+    names = [str(name) for name in names] if len(names) == width else [str(i) for i in range(width)]
+    about = {"names": names, "units": ["as in the source"] * width, "frame": "as in the source",
+             "gripper": "as in the source"}
+    if key == "action":
+        about["delta"] = [args.action_kind == "delta" and i < width - 1 for i in range(width)]
+    return about
+
+
+def lerobot_about(args):
+    """What holds for the dataset as a whole."""
+    info = lerobot_info(args)
+    return {"cameras": list(lerobot_cameras(info, args)), "flip": args.flip,
+            "action": lerobot_vector(info, "action", args),
+            "proprio": lerobot_vector(info, "observation.state", args)}
+
+
+def lerobot_episode(row, keys, info, args):
+    """Job: one episode, from the rows of a table and the frames of one video per camera."""
+    parquet, av = import_lerobot_readers()
+    index, T, fps = row["episode_index"], row["length"], info["fps"]
+    chosen = {key for key in keys.values() if info["features"][key]["dtype"] == "image"}
+    vectors = {"actions": "action", "proprio": "observation.state"}
+    vectors = {ours: key for ours, key in vectors.items() if key in info["features"]}
+    place = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+    try:
+        table = parquet.read_table(os.path.join(args.input, place), filters=[("episode_index", "=", index)],
+                                   columns=["frame_index", *vectors.values(), *chosen])
+    except (OSError, ValueError) as error:           # pyarrow's own errors are among these
+        raise Reject("damaged table", f"{place}: {str(error).splitlines()[0]}"[:200]) from None
+    order = np.argsort(table["frame_index"].to_numpy(), kind="stable")
+    if not np.array_equal(table["frame_index"].to_numpy()[order], np.arange(T)):
+        raise Reject("missing frames", f"{len(order)} rows in {place}, the episode has {T} frames")
+    if T < max(2, args.min_frames):
+        raise Reject("too short", f"{T} frames, --min-frames {args.min_frames}")
+    episode = {ours: np.array(table[key].to_pylist(), np.float32).reshape(T, -1)[order]
+               for ours, key in vectors.items()}
+    if "actions" in episode:
+        episode["actions"] = episode["actions"][:-1]
+    images = {}
+    for camera, key in keys.items():
+        if key in chosen:
+            stored = table[key].to_pylist()
+            frames = (decode_image(stored[i]["bytes"] or b"", args.image_size) for i in order)
+        else:
+            place = info["video_path"].format(video_key=key, chunk_index=row[f"videos/{key}/chunk_index"],
+                                              file_index=row[f"videos/{key}/file_index"])
+            frames = timed_frames(av, os.path.join(args.input, place), row[f"videos/{key}/from_timestamp"], T,
+                                  fps)
+        images[camera] = to_jpegs((FLIPS[args.flip](frame) for frame in frames), args)
+    return {"images": images, "instructions": row["tasks"] or [""], "fps": fps, **episode}
+
+
+FLIPS = {"none": lambda frame: frame, "vertical": lambda frame: frame[::-1],
+         "horizontal": lambda frame: frame[:, ::-1], "both": lambda frame: frame[::-1, ::-1]}
+
+
+def timed_frames(av, path, start, count, fps):
+    """`count` frames (H, W, 3) BGR of a video from `start` seconds on. Reject unless each is at its time."""
+    if not os.path.isfile(path):
+        raise Reject("missing file", path)
+    taken = 0
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            container.seek(int(max(0, start - 0.5 / fps) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                late = frame.time - (start + taken / fps)                # s
+                if late < -0.5 / fps:
+                    continue                                             # from the key frame up to the start
+                if late > 0.5 / fps:
+                    raise Reject("missing frames", f"{path}: none at {start + taken / fps:.3f} s")
+                yield frame.to_ndarray(format="bgr24")
+                taken += 1
+                if taken == count:
+                    return
+    except (av.FFmpegError, IndexError) as error:
+        raise Reject("damaged video", f"{path}: {error}"[:200]) from None
+    raise Reject("truncated", f"{path}: {taken} of {count} frames from {start:.3f} s on")
 
 
 # ---- source: the table-top twin ----------------------------------------------------------------------------
@@ -369,17 +1208,43 @@ def film_hand_videos(args, folder):
 #           and returns {"images": {camera: T JPEGs}, "instructions": [str], "fps": float} and, where there
 #           are any, "actions": (T-1, A) and "proprio": (T, P); or it raises Reject
 # shard     items per shard up to 128 pixels: some 100 MB of JPEG, and little enough to do again after a kill
-# about     attributes that hold for the source as such
+# about     function of the arguments -> attributes that hold for the source as such
 Source = collections.namedtuple("Source", "episodes shard about")
-VECTOR = {"names": ["x", "y", "z", "rx", "ry", "rz", "gripper"], "units": ["m"] * 3 + ["rad"] * 3 + ["1"]}
+
+
+def vector(names, units, frame, gripper, delta=None):
+    """Attribute "action" or "proprio". delta: which numbers are changes per step (actions only)."""
+    about = {"names": names.split(), "units": units.split(), "frame": frame, "gripper": gripper}
+    return {**about, "delta": delta} if delta else about
+
+
+CHANGES = [True] * 6 + [False]           # the canonical action: six changes per step, the gripper's target
 VIDEO = {"cameras": [VIDEO_CAMERA], "action": None, "proprio": None}
+TWIN = {"cameras": ["front", "side"],
+        "action": vector("x y z rx ry rz gripper", "m m m rad rad rad 1", "robot base, change per step",
+                         "1 = open, 0 = closed", CHANGES),
+        "proprio": vector("x y z rx ry rz gripper", "m m m rad rad rad 1", "robot base, from tool-down",
+                          "1 = open .. 0 = closed")}
+BRIDGE = {"action": vector("x y z roll pitch yaw gripper", "m m m rad rad rad 1",
+                           "the tool's, in the base: change per step, not clipped (the robot clipped at "
+                           "0.05 m, 0.25 rad); Euler angles, at this size a rotation vector to 1e-3 rad",
+                           "1 = open .. 0 = closed", CHANGES),
+          "proprio": vector("x y z roll pitch yaw gripper", "m m m rad rad rad 1", "robot base",
+                            "1 = open .. 0 = closed")}
+LIBERO = {"flip": "upright (the raw files' images are upside down)",
+          "action": vector("x y z rx ry rz gripper", "0.05m 0.05m 0.05m 0.5rad 0.5rad 0.5rad 1",
+                           "robot base, change per step, -1 to 1 (OSC_POSE controller)",
+                           "+1 = close, -1 = open", CHANGES),
+          "proprio": vector("x y z rx ry rz finger1 finger2", "m m m rad rad rad m m",
+                            "world; rotation vector of the hand, angle 0 to 2 pi",
+                            "finger joints: 0.04 and -0.04 = open")}
 SOURCES = {
-    "sim": Source(sim_episodes, 8, {
-        "cameras": ["front", "side"],
-        "action": {**VECTOR, "frame": "robot base, change per step", "gripper": "1 = open, 0 = closed"},
-        "proprio": {**VECTOR, "frame": "robot base, from tool-down", "gripper": "1 = open .. 0 = closed"}}),
-    "ssv2": Source(ssv2_episodes, 256, VIDEO),
-    "videos": Source(videos_episodes, 256, VIDEO),
+    "sim": Source(sim_episodes, 8, lambda args: TWIN),
+    "ssv2": Source(ssv2_episodes, 256, lambda args: VIDEO),
+    "videos": Source(videos_episodes, 256, lambda args: VIDEO),
+    "bridge": Source(bridge_episodes, 256, lambda args: {**BRIDGE, "cameras": args.cameras}),
+    "libero": Source(libero_episodes, 32, lambda args: {**LIBERO, "cameras": args.cameras}),
+    "lerobot": Source(lerobot_episodes, 64, lerobot_about),
 }
 
 
@@ -427,17 +1292,20 @@ def convert(args):
     source, items = SOURCES[args.source], list(SOURCES[args.source].episodes(args))
     if not items:
         raise InputError(f"{args.source}: nothing to convert with these arguments (is --fraction too small?)")
+    about = source.about(args)
+    if getattr(args, "check", False):
+        return check_items(args, items, about)
     names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
     arguments = {**vars(args), "format_version": FORMAT_VERSION, "items": names}
-    for key in ("out", "workers", "resume", "overwrite"):        # these may differ when a run goes on
-        del arguments[key]
+    for key in ("out", "workers", "resume", "overwrite", "check", "libero_assets"):
+        arguments.pop(key, None)                                 # these may differ when a run goes on
     if claim_output(args.out, arguments, "dataset.json", args):
         return 0.0
     encoder = TextEncoder(args.text_encoder)
     stated = {key: arguments.pop(key) for key in ("format_version", "source", "image_size", "resize")}
     extra = {key: value for key, value in arguments.items()
              if key not in ("input", "captions", "text_encoder", "items")}
-    about = {**stated, **source.about, "flip": "none", "text_encoder": encoder.name, "text_dim": encoder.dim,
+    about = {**stated, "flip": "none", **about, "text_encoder": encoder.name, "text_dim": encoder.dim,
              "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]",
              "extra": extra}
     size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))
@@ -459,6 +1327,22 @@ def convert(args):
                 bar.update()
             write_shard(path, about, episodes, rejects, encoder)
     return finish(args.out, about, list(shards), len(items))
+
+
+def check_items(args, items, about):
+    """--check: read every item as the conversion would and write nothing. -> share of rejected items."""
+    reasons, frames = collections.Counter(), 0
+    with contextlib.closing(run_jobs([job for _, job in items], args.workers)) as results:
+        for (name, _), result in zip(items, tqdm(results, args.input, len(items), unit="episode")):
+            result = check_episode(result, about)
+            if isinstance(result, Reject):
+                reason, detail = (*result.args, "")[:2]
+                reasons[reason] += 1
+                tqdm.write(f"{name}: {reason}" + (f" ({detail})" if detail else ""))
+            else:
+                frames += len(result["images"][about["cameras"][0]])
+    return report(args.input, f"{len(items) - sum(reasons.values())} good episodes, {frames} frames",
+                  len(items), reasons)
 
 
 def check_episode(episode, about):
@@ -499,10 +1383,9 @@ def write_shard(path, about, episodes, rejects, encoder):
                             ("rejects", [json.dumps(reject) for reject in rejects])):
             f.create_dataset(key, (len(values),), h5py.string_dtype(), data=values)
         if about["action"] and episodes:
-            rows = [np.vstack([e["actions"], np.zeros_like(e["actions"][:1])]) for e in episodes]
-            for actions in rows:
-                actions[-1, -1] = actions[-2, -1]                # the hold action keeps the gripper as it is
-            f["actions"] = np.concatenate(rows)
+            hold = 1 - np.array(about["action"]["delta"], np.float32)    # changes are 0, targets are repeated
+            f["actions"] = np.concatenate([np.vstack([e["actions"], hold * e["actions"][-1]])
+                                           for e in episodes])
         if about["proprio"] and episodes:
             f["proprio"] = np.concatenate([episode["proprio"] for episode in episodes])
     write_atomically(path, buffer.getbuffer())
@@ -577,7 +1460,7 @@ def read_manifest(path):
 
 
 class EpisodeDataset(torch.utils.data.Dataset):
-    """Windows of a prepared dataset: one for every frame t of an episode but its last.
+    """Windows of a prepared dataset: one for every frame t of an episode that has a frame t+stride.
 
     path            folder made by prepare_data.py
     chunk           n, actions per window; what reaches past the episode is padded, see the timeline above
@@ -588,21 +1471,28 @@ class EpisodeDataset(torch.utils.data.Dataset):
                     instruction comes twice
     demos_per_task  keep the first N episodes of the split for each instruction
     text_encoder    name that the instructions must have been embedded with, None = any
+    stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of their
+                    changes (rotation vectors add up to first order) and the last of the other numbers
+    labels          False leaves actions and proprio out
 
     Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": (L,) f4, "proprio": (P,) f4 if stored},
            "frames": (n+1, 3, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
            "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
+
+    Everything in a shard lies contiguous, so a window is read with plain seeks at places noted once: no HDF5
+    call, no open handle per shard. Memory: 16 bytes per frame and camera.
     """
     MAX_OPEN = 128       # open shards per process: systems allow 1024 files, Something-Something makes 760
 
     def __init__(self, path, chunk, cameras=None, future=False, split="all", demos_per_task=None,
-                 text_encoder=None):
-        self.path, self.chunk, self.future = os.fspath(path), chunk, future
+                 text_encoder=None, stride=1, labels=True):
+        self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
         self.stats, self.fps, self.image_size, self.text_encoder, self.text_dim = (
             self.attrs[key] for key in ("statistics", "fps", "image_size", "text_encoder", "text_dim"))
+        self.labels = [key for key in ("actions", "proprio") if key in self.stats and labels]
         self.action_dim, self.proprio_dim = (
-            len(self.stats[key]["min"]) if key in self.stats else None for key in ("actions", "proprio"))
+            len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
         known = list(self.attrs["cameras"])
         self.cameras = known[:cameras] if cameras is None or isinstance(cameras, int) else list(cameras)
         for camera in self.cameras:
@@ -611,20 +1501,23 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if text_encoder not in (None, self.text_encoder):
             raise InputError(f"{path} was embedded with {self.text_encoder}, expected {text_encoder}: "
                              f"python prepare_data.py embed --data {path} --text-encoder {text_encoder}")
+        if stride < 1:
+            raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._read_index([shard["file"] for shard in shards])
         self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
         self.num_episodes = len(self.episodes)
-        longest = int(self.lengths[self.episodes].max()) - 1
+        longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
             raise InputError(f"a chunk of {chunk} actions does not fit: the longest episode of {path} "
-                             f"({split}) has {longest}, take 1 to {longest}")
-        self._ends = np.cumsum(self.lengths[self.episodes] - 1)  # windows up to the end of each episode
+                             f"({split}) has {longest}" + f" at stride {stride}" * (stride > 1)
+                             + f", take 1 to {longest}")
+        self._ends = np.cumsum(np.maximum(self.lengths[self.episodes] - stride, 0))    # end of its windows
         self._files, self._pid = collections.OrderedDict(), None
 
     def _read_index(self, names):
-        """Where each episode lies, and its instruction: what is kept in memory, some 30 bytes per episode."""
+        """Where everything lies, and the instruction of each episode: what is kept in memory."""
         self._paths = [os.path.join(self.path, name) for name in names]
-        rows, texts = [], []                                     # (shard, number in it, first frame, frames)
+        rows, texts, self._where = [], [], []                    # (shard, number in it, first frame, frames)
         for k, path in enumerate(self._paths):
             if not os.path.exists(path):
                 raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
@@ -634,6 +1527,12 @@ class EpisodeDataset(torch.utils.data.Dataset):
                                      f"{self.text_encoder}: embed was interrupted, run it again")
                 start = f["episode_start"][:].tolist()
                 texts += [json.loads(text)[0] for text in f["instruction"].asstr()[:]]
+                where = {key: (f[key].id.get_offset(), f[key].dtype, f[key].shape[1])
+                         for key in ["instruction_embedding", *self.labels] if key in f}
+                for camera in self.cameras:                      # places of its frames in the file
+                    jpg, offset = f[f"images/{camera}/jpg"].id.get_offset(), f[f"images/{camera}/offset"][:]
+                    where[camera] = offset + (jpg or 0)          # None: a shard of nothing but rejects
+                self._where.append(where)
             rows += [(k, e, first, end - first) for e, (first, end) in enumerate(zip(start, start[1:]))]
         self._place, self.lengths = np.array(rows)[:, :3], np.array(rows)[:, 3]
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -666,22 +1565,29 @@ class EpisodeDataset(torch.utils.data.Dataset):
                                  f"({split}) has {len(mine)} of {text!r}: ask for fewer, or prepare more")
         return np.sort(np.concatenate([mine[:demos_per_task] for mine in per_task]))
 
-    def _file(self, shard):
-        """Handles of a shard, opened on first use in each process; of MAX_OPEN the longest unused closes."""
-        if self._pid != os.getpid():                             # a fork must not read through its parent's
+    def _read(self, shard, place, count):
+        """`count` bytes of a shard. Files open on first use in each process; of MAX_OPEN the oldest goes."""
+        if self._pid != os.getpid():                             # a fork must not seek in its parent's files
             self._files, self._pid = collections.OrderedDict(), os.getpid()
         if shard not in self._files:
             if len(self._files) == self.MAX_OPEN:
-                self._files.popitem(last=False)[1]["file"].close()
-            f = self._open(self._paths[shard])
-            frames = {c: (f[f"images/{c}/jpg"], f[f"images/{c}/offset"][:]) for c in self.cameras}
-            arrays = {key: f[key] for key in f if key != "images"}
-            self._files[shard] = {"file": f, "frames": frames, **arrays}
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = open(self._paths[shard], "rb", buffering=0)
         self._files.move_to_end(shard)
-        return self._files[shard]
+        self._files[shard].seek(place)
+        data = self._files[shard].read(count)
+        if len(data) < count:
+            raise InputError(f"{self._paths[shard]} ends too early: copy or make the dataset again")
+        return data
+
+    def _rows(self, shard, key, first, count):
+        """Rows of instruction_embedding, actions or proprio -> (count, D) float32."""
+        place, dtype, width = self._where[shard][key]
+        data = self._read(shard, place + first * width * dtype.itemsize, count * width * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # handles do not travel
+        return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # files do not travel
 
     def limits(self, key):
         """{"min", "max"} of "actions" or "proprio" over the episodes of this split alone: what a policy that
@@ -689,10 +1595,18 @@ class EpisodeDataset(torch.utils.data.Dataset):
         rows = []
         for episode in self.episodes:
             shard, _, start = self._place[episode]
-            last = start + self.lengths[episode] - (key == "actions")    # not the hold action
-            rows.append(self._file(shard)[key][start:last])
+            count = self.lengths[episode] - (key == "actions")           # not the hold action
+            table = self._rows(shard, key, start, count)
+            if key == "actions" and self.stride > 1:
+                table = self._merge(np.lib.stride_tricks.sliding_window_view(
+                    table, self.stride, axis=0).swapaxes(1, 2))
+            rows.append(table)
         rows = np.concatenate(rows)
         return {"min": rows.min(0), "max": rows.max(0)}
+
+    def _merge(self, actions):
+        """(..., s, A) actions of s steps -> (..., A): changes add up, of other numbers the last counts."""
+        return np.where(self.attrs["action"]["delta"], actions.sum(-2), actions[..., -1, :])
 
     def spaced(self, most):
         """At most `most` windows, evenly spaced over all -> list of their indices."""
@@ -701,41 +1615,133 @@ class EpisodeDataset(torch.utils.data.Dataset):
     def __len__(self):
         return int(self._ends[-1])
 
-    def read_frames(self, episode, camera, first, count):
-        """Frames first .. first+count-1, the episode's last repeated past its end. (count, 3, H, W) uint8."""
+    def read_frames(self, episode, camera, first, count, stride=1):
+        """Frames first, first+stride, ..., the last that exists repeated. (count, 3, H, W) uint8."""
         shard, _, start = self._place[episode]
-        real = min(count, self.lengths[episode] - first)
-        jpg, offset = self._file(shard)["frames"][camera]
-        bounds = offset[start + first:start + first + real + 1]
-        data, bounds = jpg[bounds[0]:bounds[-1]], bounds - bounds[0]               # one contiguous read
+        real = min(count, (self.lengths[episode] - 1 - first) // stride + 1)
+        places = self._where[shard][camera][start + first:start + first + (real - 1) * stride + 2]
+        data = np.frombuffer(self._read(shard, places[0], places[-1] - places[0]), np.uint8)
         frames = np.empty((count, 3, self.image_size, self.image_size), np.uint8)
         for k in range(real):
-            bgr = cv2.imdecode(data[bounds[k]:bounds[k + 1]], cv2.IMREAD_COLOR)    # (H, W, 3)
-            frames[k] = bgr.transpose(2, 0, 1)[::-1]
+            a, b = places[k * stride:k * stride + 2] - places[0]
+            bgr = cv2.imdecode(data[a:b], cv2.IMREAD_COLOR)                            # (H, W, 3)
+            if bgr is None:
+                raise InputError(f"{self._paths[shard]} holds a damaged picture (frame {first + k * stride} "
+                                 f"of episode {episode}): copy or make the dataset again")
+            frames[k, 2], frames[k, 1], frames[k, 0] = cv2.split(bgr)
         frames[real:] = frames[real - 1]
         return torch.from_numpy(frames)
 
     def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        i, n = int(np.searchsorted(self._ends, index, side="right")), self.chunk
+        i, n, s = int(np.searchsorted(self._ends, index, side="right")), self.chunk, self.stride
         episode, t = int(self.episodes[i]), int(index - (self._ends[i - 1] if i else 0))
-        shard, number, start = self._place[episode]
-        file, last = self._file(shard), int(self.lengths[episode]) - 1
+        shard, number, start = map(int, self._place[episode])
+        last = int(self.lengths[episode]) - 1
         count = {self.cameras[0]: n + 1} if self.future else {}
-        images = {c: self.read_frames(episode, c, t, count.get(c, 1)) for c in self.cameras}
+        images = {c: self.read_frames(episode, c, t, count.get(c, 1), s) for c in self.cameras}
+        embedding = self._rows(shard, "instruction_embedding", number, 1)[0]
         item = {"obs": {"images": {c: frames[0] for c, frames in images.items()},
-                        "instruction": torch.from_numpy(file["instruction_embedding"][number])},
-                "is_pad": t + torch.arange(n) >= last,           # (n,): there is no a_last
+                        "instruction": torch.from_numpy(embedding)},
+                "is_pad": t + s * torch.arange(1, n + 1) > last,         # (n,): step k ends at o_t+(k+1)s
                 "episode": episode, "t": t, "instruction_id": int(self.instruction_ids[episode])}
         if self.future:
-            item["frames"] = images[self.cameras[0]]             # (n+1, 3, H, W)
-        if "proprio" in file:
-            item["obs"]["proprio"] = torch.from_numpy(file["proprio"][start + t])
-        if "actions" in file:                                    # the last frame's row is the hold action
-            rows = file["actions"][start + t:start + min(t + n, last + 1)]
-            item["actions"] = torch.from_numpy(rows[np.minimum(np.arange(n), len(rows) - 1)])    # (n, A)
+            item["frames"] = images[self.cameras[0]]                     # (n+1, 3, H, W)
+        if "proprio" in self.labels:
+            item["obs"]["proprio"] = torch.from_numpy(self._rows(shard, "proprio", start + t, 1)[0])
+        if "actions" in self.labels:                                     # the last row is the hold action
+            rows = self._rows(shard, "actions", start + t, min(t + n * s, last + 1) - t)
+            rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
+            item["actions"] = torch.from_numpy(self._merge(rows) if s > 1 else rows[:, 0])       # (n, A)
         return item
+
+
+class Mixture(torch.utils.data.Dataset):
+    """Windows of several datasets as one: what the training scripts draw from, also where it is only one.
+
+    paths    folders made by prepare_data.py, of one image size and text encoder
+    weights  share of the drawn windows that comes from each, to any scale; None: every window is as likely
+    strides  frames per step of each; None: whole numbers that make a chunk span about as long as in the
+             slowest (SSv2 12 fps, LIBERO 20, Bridge 5: strides 2, 4, 1). ASSUMPTION: the paper is silent
+    chunk and the rest as in EpisodeDataset. Cameras go by position and are named as in the first dataset.
+    Items and attributes are EpisodeDataset's; episodes and instructions are numbered through.
+    """
+
+    def __init__(self, paths, chunk, weights=None, strides=None, **rest):
+        if strides is None:
+            rates = [read_manifest(path)[0]["fps"] for path in paths]
+            strides = [max(1, round(rate / min(rates))) for rate in rates]
+        for name, values in (("weights", weights), ("strides", strides)):
+            if values is not None and len(values) != len(paths):
+                raise InputError(f"--{name} has {len(values)} numbers for {len(paths)} datasets: one each")
+        if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            raise InputError(f"--weights {' '.join(map(str, weights))}: expected 0 or more each, not all 0")
+        self.parts = [EpisodeDataset(path, chunk, stride=stride, **rest)
+                      for path, stride in zip(paths, strides)]
+        first = self.parts[0]
+        for part in self.parts[1:]:
+            for key in ("image_size", "text_encoder", "action_dim", "proprio_dim"):
+                if getattr(part, key) != getattr(first, key):
+                    raise InputError(f"{part.path} has {key} {getattr(part, key)}, {first.path} has "
+                                     f"{getattr(first, key)}: mix what agrees, or prepare one of them again")
+            if len(part.cameras) != len(first.cameras):
+                raise InputError(f"{part.path} has {len(part.cameras)} cameras, {first.path} has "
+                                 f"{len(first.cameras)}: mix what agrees")
+            if first.action_dim and part.attrs["action"] != first.attrs["action"]:
+                raise InputError(f"the actions of {part.path} are not those of {first.path}: units, frames "
+                                 "or gripper signs differ, see their dataset.json")
+        self.weights = None if weights is None else np.array(weights) / sum(weights)
+        self._starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
+        self.cameras, self.num_episodes = first.cameras, sum(part.num_episodes for part in self.parts)
+        self.image_size, self.text_encoder, self.text_dim, self.action_dim, self.proprio_dim = (
+            first.image_size, first.text_encoder, first.text_dim, first.action_dim, first.proprio_dim)
+        self.instructions = list(dict.fromkeys(text for part in self.parts for text in part.instructions))
+        ids = {text: i for i, text in enumerate(self.instructions)}
+        self._instruction_ids = [[ids[text] for text in part.instructions] for part in self.parts]
+        self.fingerprint = "+".join(part.fingerprint for part in self.parts)
+        self.attrs = {**first.attrs, "instructions": self.instructions, "mixture": [
+            {"path": part.path, "fingerprint": part.fingerprint, "stride": part.stride, "weight": share,
+             "fps": part.fps} for part, share in zip(self.parts, self.shares())]}
+
+    def shares(self):
+        """Share of the drawn windows that comes from each dataset."""
+        return (np.diff(self._starts) / len(self) if self.weights is None else self.weights).tolist()
+
+    def describe(self):
+        """A line per dataset: windows, share, stride and seconds that a chunk spans."""
+        return "\n".join(f"{'data' if i == 0 else '':12s} {part.path}: {part.num_episodes:,} episodes, "
+                         f"{len(part):,} windows, share {share:.2f}, stride {part.stride}: a chunk spans "
+                         f"{part.chunk * part.stride / part.fps:.2f} s at {part.fps:g} fps"
+                         for i, (part, share) in enumerate(zip(self.parts, self.shares())))
+
+    def draw(self, rng, count):
+        """Indices of `count` random windows, with replacement -> list."""
+        if self.weights is None:
+            return rng.integers(len(self), size=count).tolist()
+        part = rng.choice(len(self.parts), size=count, p=self.weights)
+        low, high = self._starts[part], self._starts[part + 1]
+        return rng.integers(low, high).tolist()
+
+    def limits(self, key):
+        """As EpisodeDataset.limits, over all datasets."""
+        limits = [part.limits(key) for part in self.parts]
+        return {"min": np.min([x["min"] for x in limits], 0), "max": np.max([x["max"] for x in limits], 0)}
+
+    spaced = EpisodeDataset.spaced
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        k = int(np.searchsorted(self._starts, index, side="right")) - 1
+        item = self.parts[k][int(index - self._starts[k])]
+        item["obs"]["images"] = dict(zip(self.cameras, item["obs"]["images"].values()))
+        return {**item, "episode": item["episode"] + int(self._first_episode[k]),
+                "instruction_id": self._instruction_ids[k][item["instruction_id"]]}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -778,7 +1784,9 @@ def embed_again(args):
 
 
 def inspect(args):
-    """inspect: print what a dataset holds, and draw a contact sheet."""
+    """inspect: print what a dataset holds, and draw a contact sheet; --check: read every byte of it first."""
+    if args.check:
+        verify(args.data)
     data = EpisodeDataset(args.data, chunk=1)
     for key, value in sorted({**data.attrs, "fingerprint": data.fingerprint}.items()):
         if key != "statistics":
@@ -796,6 +1804,25 @@ def inspect(args):
     write_atomically(path, cv2.imencode(".png", contact_sheet(data))[1].tobytes())
     print(f"{'contact sheet':>15}  {path}")
     return 0.0
+
+
+def verify(folder):
+    """InputError unless every shard is the one that dataset.json knows, and every picture in it decodes."""
+    attrs, shards, _ = read_manifest(folder)
+    for shard in tqdm(shards, f"{folder}, check", unit="shard"):
+        path = os.path.join(folder, shard["file"])
+        if not os.path.exists(path) or file_hash(path) != shard["sha256"]:
+            raise InputError(f"{path} is missing or not the file that was written: copy or make the dataset "
+                             "again")
+    data = EpisodeDataset(folder, chunk=1)
+    for episode in tqdm(data.episodes, f"{folder}, frames", unit="episode"):
+        for camera in data.cameras:
+            data.read_frames(episode, camera, 0, int(data.lengths[episode]))
+    found = {"episodes": len(data.lengths), "frames": int(data.lengths.sum()),
+             "instructions": len(data.instructions)}
+    if any(found[key] != attrs["counts"][key] for key in found):
+        raise InputError(f"{folder} has {found}, dataset.json says {attrs['counts']}: make the dataset again")
+    print(f"{folder}: {len(shards)} shards, {found['frames']} frames, {len(data.cameras)} cameras: all good")
 
 
 def contact_sheet(data, rows=10, columns=8, side=112):
@@ -827,10 +1854,12 @@ def build_parser(smoke=False):
     """All flags; --help of a command is its table."""
     show, plain = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    commands = parser.add_subparsers(dest="source", required=True, metavar="sim|ssv2|videos|inspect|embed")
-    about = {"sim": "film the twin", "ssv2": "Something-Something v2", "videos": "a folder of videos",
-             "inspect": "numbers and a contact sheet", "embed": "embed the instructions again"}
-    sim, ssv2, videos, look, text = (
+    about = {"sim": "film the twin", "ssv2": "Something-Something v2", "bridge": "BridgeData V2, raw",
+             "libero": "LIBERO's HDF5 files", "lerobot": "a LeRobotDataset v3",
+             "videos": "a folder of videos", "inspect": "numbers and a contact sheet",
+             "embed": "embed the instructions again"}
+    commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
+    sim, ssv2, bridge, libero, lerobot, videos, look, text = (
         commands.add_parser(name, help=what, formatter_class=show) for name, what in about.items())
     words = {"type": lambda value: value.split(",")}
     group = sim.add_argument_group("what is filmed")
@@ -846,28 +1875,58 @@ def build_parser(smoke=False):
         sim.set_defaults(**SMOKE)
     sim.set_defaults(resize="none: filmed at this size")
     ssv2.add_argument("--splits", default="train,validation", help="comma-separated; not test", **words)
-    videos.add_argument("--captions", type=os.path.abspath, help="CSV with the columns file,instruction")
+    bridge.add_argument("--cameras", default="front", **words, help="comma-separated, the main one first: "
+                        "front (over the shoulder, images0), images1, ..., or by config.json: wrist, blue, "
+                        "...; trajectories without one of them are rejected")
+    libero.add_argument("--cameras", default="agentview,wrist", help="comma-separated", **words)
+    libero.add_argument("--render", action="store_true", help="draw the images from the states, with the "
+                        "simulator: for files without images, or another --image-size")
+    libero.add_argument("--drop-noops", action="store_true", help="leave out steps in which nothing is "
+                        "commanded, as openvla's data; the paper and the release keep them")
+    libero.add_argument("--keep-failures", action="store_true", help="keep demonstrations that do not "
+                        "succeed (known for processed files and with --render)")
+    libero.add_argument("--libero-assets", metavar="FOLDER", help="meshes and textures for --render; None = "
+                        "$LIBERO_ASSETS, else the package's own")
+    lerobot.add_argument("--cameras", **words, help="comma-separated, the main one first; None = all, in the "
+                         "dataset's order")
+    lerobot.add_argument("--action-kind", choices=("delta", "absolute"), default="delta", help="delta: all "
+                         "but the last number are changes per step (LIBERO, Bridge); absolute: targets")
+    lerobot.add_argument("--flip", choices=FLIPS, default="none", help="turn stored images upright; LIBERO "
+                         "data turned by 180 degrees (openvla's way) is mirrored: horizontal")
+    videos.add_argument("--captions", type=os.path.abspath, help="CSV with the columns file,instruction and, "
+                        "to cut clips out of long files, start,end (seconds)")
     videos.add_argument("--instruction", default="", help="one for all videos, without --captions")
     for command in (ssv2, videos):
+        command.add_argument("--stride", type=int, default=1, help="keep one frame of so many; better left "
+                             "to --strides in training, unless the frames are too many to store")
+    sources = {ssv2: "data/ssv2", bridge: "data/bridge", libero: "data/libero", lerobot: "data/lerobot",
+               videos: "data/videos"}
+    for command in sources:
         group = command.add_argument_group("input and frames")
-        group.add_argument("--input", type=os.path.abspath, required=True, help="folder")
-        group.add_argument("--fraction", type=float, default=1.0, help="random share of clips; paper: 0.1")
-        group.add_argument("--min-frames", type=int, default=12, help="shorter clips are rejected (frames)")
+        group.add_argument("--input", type=os.path.abspath, required=True, help="folder, or file")
+        group.add_argument("--fraction", type=float, default=1.0, help="random share of episodes; paper: 0.1 "
+                           "of Something-Something")
+        group.add_argument("--seed", type=int, default=0, help="which share --fraction is")
+        group.add_argument("--min-frames", type=int, default=12, help="shorter ones are rejected (frames)")
         group.add_argument("--resize", choices=("squash", "crop"), default="squash",
                            help="squash changes the aspect ratio (as the release), crop cuts a square")
-    for command, out, size in ((sim, "data", 64), (ssv2, "data/ssv2", 128), (videos, "data/videos", 128)):
+        group.add_argument("--check", action="store_true", help="read everything as the conversion would, "
+                           "print what would be rejected and why, write nothing")
+    for command, out in ({sim: "data"} | sources).items():
         group = command.add_argument_group("output")
         group.add_argument("--out", default=out, help="folder; sim makes robot, hand_videos and hand in it")
-        group.add_argument("--image-size", type=int, default=size, help="pixels; paper: 128")
+        group.add_argument("--image-size", type=int, default=64 if command is sim else 128,
+                           help="pixels; paper: 128")
         group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 1 = no others")
         group = group.add_mutually_exclusive_group()
         group.add_argument("--resume", action="store_true", help="finish what was begun")
         group.add_argument("--overwrite", action="store_true", help="replace what is there")
-    for command in (sim, ssv2, videos, text):
+    for command in (sim, *sources, text):
         command.add_argument("--text-encoder", default="hash", metavar="hash|minilm|clip",
                              help="hash: no download; minilm: BAKU's; clip: the release's")
     text.add_argument("--data", required=True, help="dataset")
     look.add_argument("data", help="dataset")
+    look.add_argument("--check", action="store_true", help="compare every shard's hash, decode every frame")
     look.add_argument("--contact-sheet", metavar="PNG", help="None = contact_sheet.png in the dataset")
     return parser
 
@@ -875,14 +1934,15 @@ def build_parser(smoke=False):
 def main(argv=None):
     """Run one command. InputError when too much was rejected; the dataset is written all the same."""
     args = build_parser("--smoke" in (sys.argv[1:] if argv is None else argv)).parse_args(argv)
-    for key, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0),
-                     ("demos_per_task", 0), ("hand_videos_per_task", 0)):
+    for key, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0), ("stride", 1),
+                     ("seed", 0), ("demos_per_task", 0), ("hand_videos_per_task", 0)):
         if getattr(args, key, low) < low:
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {low} or more")
     rejected = {"sim": film_twin, "inspect": inspect, "embed": embed_again}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}):"
-                         " the dataset is written, but look at the reasons above before you use it")
+        done = "nothing was written" if getattr(args, "check", False) else "the dataset is written"
+        raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}): "
+                         f"{done}, but look at the reasons above before you use it")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python pretrain.py                           # data/hand -> runs/pretrain/last.pt (policy and world model)
     python pretrain.py --smoke                   # a few steps, to see that everything runs
     python pretrain.py --resume                  # go on where a stopped run stood, with the same result
-    python pretrain.py --data data/ssv2 --probe-data none --policy-size paper --world-model 50m  # paper
+    python pretrain.py --data data/bridge data/ssv2 --probe-data none --policy-size paper --world-model 50m
     python pretrain.py --predict posterior --motion-weight 0 --latent-norm none  # the paper's plain objective
 
 The policy sees the first frame and the instruction and emits n latent actions; the world model must predict
@@ -12,8 +12,8 @@ metrics.jsonl, TensorBoard events, and open_loop.png (truth, imagined, error) fr
 
 Default run, measured on two CPU cores: 6 minutes, 1.2 GB, shuffle_ratio 1.27 at the end. The paper's sizes on
 a GPU: not run.
-ASSUMPTION: a chunk is n frames, whatever their rate: with n = 10, 1 s of a hand video (10 fps), 0.5 s of the
-robot's (20 Hz). The paper does not say how it treats different rates.
+ASSUMPTION: a chunk is n frames of one dataset; of several, strides make it span about the same time in each
+(--strides). The paper does not say how it treats different rates, nor how it weighs its datasets (--weights).
 Later stages take the architecture from last.pt: there are no architecture flags after this script.
 """
 import argparse
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from models import (POLICIES, WORLD_MODEL_SIZES, InputError, Log, WorldModel, at_least, by_position, count,
                     make_policy, masked_mean, open_run, pick_device, policy_numbers, probe_r2, provenance,
                     random_shift, run, save_checkpoint, to_device, write_atomically)
-from prepare_data import EpisodeDataset
+from prepare_data import EpisodeDataset, Mixture
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eval_windows=16)
 
@@ -38,8 +38,12 @@ SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eva
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
-    g.add_argument("--data", default="data/hand",
-                   help="dataset folder; actions in it are not read (default %(default)s)")
+    g.add_argument("--data", nargs="+", default=["data/hand"], help="dataset folders; actions in them are "
+                   "not read; paper: BridgeData V2 and Something-Something v2 (default data/hand)")
+    g.add_argument("--weights", nargs="+", type=float, help="share of the windows drawn from each, to any "
+                   "scale (default: every window is as likely)")
+    g.add_argument("--strides", nargs="+", type=int, help="frames per step in each; 1 = every frame "
+                   "(default: a chunk spans about as long as in the slowest)")
     g.add_argument("--probe-data", default="data/robot", help="labelled demonstrations for the linear probe "
                    "that is logged while training; never trained on; "
                    "'none' turns it off (default %(default)s)")
@@ -232,7 +236,8 @@ def main(argv=None):
     device = pick_device(args.device)
 
     # ---- data ----
-    train, held_out = (EpisodeDataset(args.data, args.chunk, cameras=1, future=True, split=split)
+    train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, cameras=1, future=True,
+                               split=split, labels=False)
                        for split in ("train", "val"))      # the world model watches the main view
     # Four windows near each other at a time, mostly of one episode: latents can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
@@ -247,7 +252,8 @@ def main(argv=None):
                                        text_encoder=train.text_encoder) for split in ("train", "val")}
         if probe["val"].action_dim is None or probe["val"].image_size != train.image_size:
             raise InputError(f"--probe-data {args.probe_data} must hold actions and images of "
-                             f"{train.image_size} pixels, as {args.data}: name others, or --probe-data none")
+                             f"{train.image_size} pixels, as {args.data[0]}: name others, or "
+                             "--probe-data none")
 
     # ---- policy, world model, one optimiser over both ----
     config = dict(policy=args.policy, cameras=train.cameras, image_size=train.image_size, chunk=args.chunk,
@@ -262,15 +268,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW([{"params": policy.parameters(), "peak": args.lr},
                                    {"params": world_model.parameters(), "peak": args.world_model_lr}],
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-    print(f"data         {args.data}: {train.num_episodes} + {held_out.num_episodes} held-out episodes, "
-          f"{len(train):,} windows\n"
+    print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes\n"
           f"policy       {args.policy} {args.policy_size}, {count(policy):,} parameters, chunk {args.chunk}, "
           f"latents of {args.latent_dim}\n"
           f"world model  {args.world_model}, {count(world_model):,} parameters")
     start = 0
     if checkpoint:
         if checkpoint["fingerprint"] != train.fingerprint:
-            raise InputError(f"{args.data} is not the data that {out}/last.pt was trained on: "
+            raise InputError(f"{' '.join(args.data)} is not the data that {out}/last.pt was trained on: "
                              "restore it, or give another --out")
         policy.load_state_dict(checkpoint["policy"])
         world_model.load_state_dict(checkpoint["world_model"])
@@ -282,11 +287,10 @@ def main(argv=None):
     log = Log(out, start)
 
     def save(step):
-        data = {**train.attrs, "instructions": train.instructions}
         save_checkpoint(out / "last.pt", dict(
             stage="pretrain", step=step, config=config, policy=policy.state_dict(), world_config=world_config,
             world_model=world_model.state_dict(), optimizer=optimizer.state_dict(),
-            args=vars(args), text_encoder=train.text_encoder, data=data, fingerprint=train.fingerprint,
+            args=vars(args), text_encoder=train.text_encoder, data=train.attrs, fingerprint=train.fingerprint,
             provenance=origin))
 
     def report(step):
@@ -299,7 +303,7 @@ def main(argv=None):
         log(step, metrics)
 
     # Batch and noise of a step follow from (seed, step) alone: no more need be saved for an exact resume.
-    batches = (np.random.default_rng([args.seed, step]).integers(len(train), size=args.batch_size).tolist()
+    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
     if start == 0:

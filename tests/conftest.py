@@ -43,9 +43,10 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
         return {**episode, "actions": acts, "proprio": proprio} if actions else episode
 
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
-                 format_version=1, alignment="pre", text_encoder=text_encoder, text_dim=512, extra={},
-                 action={"names": "x y . . . . side", "units": "pixels / 100"} if actions else None,
-                 proprio={"names": "x y"} if actions else None)
+                 format_version=prepare_data.FORMAT_VERSION, alignment="pre", text_encoder=text_encoder,
+                 text_dim=512, extra={}, proprio={"names": "x y"} if actions else None,
+                 action={"names": "x y . . . . side", "units": "pixels / 100",
+                         "delta": prepare_data.CHANGES} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
     shard = str(folder / "00000.h5")

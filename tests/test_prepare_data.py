@@ -69,14 +69,15 @@ def convert(out, labelled=True, workers=1, cameras=CAMERAS, lengths=LENGTHS, sha
     """Run the convert loop over the counting episodes."""
     jobs = [(f"episode-{e}", partial(counting_job, e, cameras, labelled, lengths))
             for e in range(len(lengths))]
-    vector = prepare_data.VECTOR if labelled else None
-    return convert_jobs(out, jobs, shard, {"cameras": cameras, "action": vector, "proprio": vector},
+    about = {"cameras": cameras} | {key: prepare_data.TWIN[key] if labelled else None
+                                    for key in ("action", "proprio")}
+    return convert_jobs(out, jobs, shard, about,
                         "--workers", str(workers), *flags)
 
 
 def convert_jobs(out, jobs, shard, about, *flags):
     """Run the convert loop over any jobs."""
-    prepare_data.SOURCES["counting"] = Source(lambda args: iter(jobs), shard, about)
+    prepare_data.SOURCES["counting"] = Source(lambda args: iter(jobs), shard, lambda args: about)
     args = prepare_data.build_parser().parse_args(
         ["videos", "--input", "/nowhere", "--out", str(out), "--image-size", str(SIZE), *flags])
     args.source = "counting"
@@ -352,7 +353,8 @@ def test_shard_is_as_documented(counting):
         assert f["episode_start"][:].tolist() == [0, 4, 19, 28] and f["actions"].shape == (N, 7)
         assert f["actions"][3].tolist()[:6] == [0] * 6 and f["actions"][3, 6] == f["actions"][2, 6]
         assert json.loads(f["instruction"].asstr()[1]) == ["lift the box", "another wording"]
-        assert f.attrs["format_version"] == 1 and json.loads(f.attrs["cameras"]) == CAMERAS
+        assert f.attrs["format_version"] == prepare_data.FORMAT_VERSION and json.loads(
+            f.attrs["cameras"]) == CAMERAS
 
 
 # ---- Something-Something v2 --------------------------------------------------------------------------------
@@ -446,9 +448,12 @@ def test_ssv2_input_errors(ssv2, tmp_path):
 
 def test_fraction_is_a_stable_share():
     names = [str(i) for i in range(1, 5001)]
-    tenth = {name for name in names if prepare_data.drawn(name, 0.1)}
-    assert 400 < len(tenth) < 600 and tenth < {name for name in names if prepare_data.drawn(name, 0.2)}
-    assert all(prepare_data.drawn(name, 1.0) for name in names)
+
+    def share(fraction, seed=0):
+        return {name for name in names
+                if prepare_data.drawn(name, types.SimpleNamespace(fraction=fraction, seed=seed))}
+    assert 400 < len(share(0.1)) < 600 and share(0.1) < share(0.2) and share(1.0) == set(names)
+    assert len(share(0.1) & share(0.1, seed=1)) < 100, "another seed is another share"
 
 
 # ---- a folder of videos ------------------------------------------------------------------------------------
@@ -505,7 +510,8 @@ def fake_twin(monkeypatch):
             self.size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         def observe(self):
-            value = np.full((*self.size, 3), 5 * self.steps + 20, np.uint8)
+            value = np.full((*self.size, 3), 5 * self.steps + 10, np.uint8)    # the mean counts the steps
+            value[:, self.size[1] // 2:] += 20
             return {"images": {c: value for c in self.cameras}, "proprio": np.full(7, self.steps, np.float32)}
 
         def reset(self, task, seed):

@@ -200,7 +200,7 @@ def test_the_normaliser_knows_the_training_demonstrations_alone(data, tmp_path):
 
 def test_demos_per_task_and_scratch(data, tmp_path, capsys):
     fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "2", "--no-proprio")
-    assert "4 + " in capsys.readouterr().out, "two tasks, two demonstrations each"
+    assert ": 4 episodes, " in capsys.readouterr().out, "two tasks, two demonstrations each"
     assert models.load_checkpoint(tmp_path / "last.pt")["config"]["proprio_dim"] is None
 
 
