@@ -57,6 +57,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -301,6 +302,7 @@ def ssv2_episodes(args):
         raise InputError(ssv2_unpacking(folders))
     if not any(name.removesuffix(".webm") in labels for name in os.listdir(folder)):
         raise InputError(f"{folder} has none of the {len(labels)} labelled clips: do clips and labels match?")
+    print(f"{len(labels)} labelled clips (Something-Something v2: 168,913 train, 24,777 validation)")
     for clip in sorted(labels, key=natural):
         if drawn(clip, args):
             path = os.path.join(folder, f"{clip}.webm")
@@ -462,12 +464,11 @@ def bridge_episode(name, list_files, args):
     if counts != {len(actions) + 1}:
         raise Reject("frame count", f"{' and '.join(map(str, sorted(counts)))} images, {len(actions)} "
                                     "actions: expected one image more than actions")
-    dated, late = re.search(r"(\d{4})-(\d\d)-(\d\d)_\d\d-\d\d-\d\d", name), False
-    if dated:                                        # without a date: the scripted part, from 2022 and later
-        try:
-            late = datetime.date(*map(int, dated.groups())) < BRIDGE_CAMERA_LATE_UNTIL
-        except ValueError:
-            raise Reject("bad date", dated[0]) from None
+    dates = re.findall(r"(\d{4})-(\d\d)-(\d\d)_\d\d-\d\d-\d\d", f"{args.input}/{name}")
+    try:                                             # without a date: the scripted part, from 2022 and later
+        late = bool(dates) and datetime.date(*map(int, dates[-1])) < BRIDGE_CAMERA_LATE_UNTIL
+    except ValueError:
+        raise Reject("bad date", "-".join(dates[-1])) from None
     if late:
         # Until that day the picture taken at step t+1 shows the world of step t: drop the first picture and
         # the last action. ASSUMPTION: joint states were not late, state[t] goes with picture t+1 (the
@@ -573,57 +574,62 @@ def read_pickle(data, name):
 # The zip has millions of members: zipfile would hold an object for each, gigabytes, in every process. Here
 # one pass notes where in the archive's directory each trajectory's entries lie; its job reads those alone.
 
+IN_TRAJECTORY = re.compile(r"(.*?traj_group[^/]*/traj[^/]*)/(.+)")
+
+
+@contextlib.contextmanager
+def mapped(path):
+    """Content of a file as bytes that are read where they are looked at."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
 def zip_trajectories(path):
     """Zip -> {name of a trajectory: function that lists its files}. InputError when it is not a whole zip."""
     found, configs = {}, {}                          # {name: [[start, end], ...]} in the archive's directory
-    with open(path, "rb") as f:
-        start, end = zip_directory(f, path)
-        f.seek(start)
-        for name, place, _ in zip_entries(f.read(end - start), start, path):
-            match = re.fullmatch(r"(.*?traj_group\d*/traj[^/]*)/(.+)", name)
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path} is empty: fetch the zip again")
+    with mapped(path) as archive:
+        for name, place, _ in zip_entries(archive, *zip_directory(archive, path), path):
+            match = IN_TRAJECTORY.fullmatch(name)
             if match and "lmdb" not in name and BRIDGE_WANTED.fullmatch(match[2]):
                 parts = found.setdefault(match[1], [])
                 if parts and parts[-1][1] == place[0]:
                     parts[-1][1] = place[1]
                 else:
                     parts.append(list(place))
-            elif name.endswith("/config.json") or name == "config.json":
-                configs[name.rpartition("/")[0]] = list(place)
+            elif os.path.basename(name) == "config.json":
+                configs[os.path.dirname(name)] = place
     for name, parts in found.items():
-        dated = name.rsplit("/", 3)[0] if name.count("/") > 2 else ""
+        dated = os.path.dirname(os.path.dirname(os.path.dirname(name)))
         found[name] = functools.partial(zip_files, path, parts, configs.get(dated))
     return found
 
 
-def zip_directory(f, path):
-    """Open zip -> (start, end) of its central directory in the file, from the records at its very end."""
-    size = f.seek(0, os.SEEK_END)
-    tail_at = max(0, size - 65557)
-    f.seek(tail_at)
-    tail = f.read()
-    at = tail.rfind(b"PK\5\6")
+def zip_directory(archive, path):
+    """(start, end) of a zip's central directory, from the records at its very end."""
+    at = archive.rfind(b"PK\5\6", max(0, len(archive) - 65557))
     if at < 0:
-        raise InputError(f"{path} is not a whole zip ({size:,} bytes, no directory at its end): was it "
-                         "downloaded to the end? fetch it again, or give the folder it unpacks to")
-    length, start = struct.unpack_from("<2L", tail, at + 12)
-    if tail[max(0, at - 20):at][:4] == b"PK\6\7":            # zip64: more than 4 GiB or 65,535 members
-        f.seek(struct.unpack_from("<Q", tail, at - 12)[0])
-        length, start = struct.unpack_from("<2Q", f.read(56), 40)
+        raise InputError(f"{path} is not a whole zip ({len(archive):,} bytes, no directory at its end): was "
+                         "it downloaded to the end? fetch it again, or give the folder it unpacks to")
+    length, start = struct.unpack_from("<2L", archive, at + 12)
+    if archive[max(0, at - 20):at][:4] == b"PK\6\7":         # zip64: more than 4 GiB or 65,535 members
+        at = struct.unpack_from("<Q", archive, at - 12)[0]
+        length, start = struct.unpack_from("<2Q", archive, at + 40)
     return start, start + length
 
 
-def zip_entries(directory, start, path):
-    """Bytes of (a part of) a central directory that lie at `start` -> (name, (start, end), where) each.
+def zip_entries(archive, at, end, path):
+    """Entries of a zip's directory from byte `at` to `end` -> (name, (start, end), where) each.
 
     where: (method, crc, compressed size, offset of the member), what zip_read needs.
     """
-    at = 0
-    while at + 46 <= len(directory):
+    while at < end:
         (mark, _, _, flags, method, _, _, crc, packed, size, name, extra, comment, _, _, _,
-         offset) = struct.unpack_from("<4s6H3L5H2L", directory, at)
+         offset) = struct.unpack_from("<4s6H3L5H2L", archive, at)
         if mark != b"PK\1\2":
-            raise InputError(f"the directory of {path} is damaged at byte {start + at}: fetch the zip again")
-        fields = directory[at + 46 + name:at + 46 + name + extra]
+            raise InputError(f"the directory of {path} is damaged at byte {at}: fetch the zip again")
+        fields = archive[at + 46 + name:at + 46 + name + extra]
         while len(fields) >= 4:                      # zip64: the sizes that do not fit stand here, in order
             kind, width = struct.unpack_from("<2H", fields)
             if kind == 1:
@@ -631,22 +637,18 @@ def zip_entries(directory, start, path):
                 size, packed, offset = (next(wide) if value == 0xffffffff else value
                                         for value in (size, packed, offset))
             fields = fields[4 + width:]
-        text = directory[at + 46:at + 46 + name].decode("utf-8" if flags & 0x800 else "cp437")
-        end = at + 46 + name + extra + comment
-        yield text, (start + at, start + end), (method, crc, packed, offset)
-        at = end
+        text = archive[at + 46:at + 46 + name].decode("utf-8" if flags & 0x800 else "cp437")
+        start, at = at, at + 46 + name + extra + comment
+        yield text, (start, at), (method, crc, packed, offset)
 
 
 def zip_files(path, parts, config):
     """Files of one trajectory in a zip -> {relative name: function that reads it}."""
-    files = {}
-    with open(path, "rb") as f:
-        for start, end in parts + ([config] if config else []):
-            f.seek(start)
-            for name, _, where in zip_entries(f.read(end - start), start, path):
-                name = re.sub(r".*?traj_group\d*/traj[^/]*/", "", name).rpartition("/config.json")
-                files[name[0] or name[2] if not name[1] else "config.json"] = functools.partial(
-                    zip_read, path, *where)
+    with mapped(path) as archive:
+        files = {IN_TRAJECTORY.fullmatch(name)[2]: functools.partial(zip_read, path, *where)
+                 for part in parts for name, _, where in zip_entries(archive, *part, path)}
+        for _, _, where in zip_entries(archive, *config, path) if config else ():
+            files["config.json"] = functools.partial(zip_read, path, *where)
     return files
 
 
@@ -1609,6 +1611,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
             count = self.lengths[episode] - (key == "actions")           # not the hold action
             table = self._rows(shard, key, start, count)
             if key == "actions" and self.stride > 1:
+                if count < self.stride:
+                    continue                                             # it has no window
                 table = self._merge(np.lib.stride_tricks.sliding_window_view(
                     table, self.stride, axis=0).swapaxes(1, 2))
             rows.append(table)

@@ -260,6 +260,12 @@ def test_annotations_are_all_kept_and_cleaned(made):
     assert texts[dirt["no lang.txt"]] == texts[dirt["an empty lang.txt"]] == [""]
 
 
+def test_the_date_counts_also_when_the_dated_folder_itself_is_the_input(made, tmp_path):
+    item = next(item for item in made("bridge").items if item.dirt.startswith("before 2021-07-23"))
+    convert("bridge", made("bridge").root / item.name.split("/raw/traj")[0], tmp_path / "d")
+    assert list(outcomes(tmp_path / "d").values()) == ["13 frames"]
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_bridge_from_the_zip_is_bridge_from_the_folder(made, tmp_path, compression):
     root = made("bridge").root
