@@ -410,6 +410,17 @@ def choose_tasks(args, bench, arm):
     return tasks
 
 
+def check_rates(arms, bench):
+    """An action must span one step of the environment: InputError for a policy finetuned at another rate."""
+    for arm in arms:
+        for part in (arm.checkpoint["data"].get("mixture") or ()) if arm.checkpoint else ():
+            rate = part["fps"] / part["stride"]
+            if not 0.95 < rate / bench.hz < 1.05:
+                raise InputError(f"{arm.label} was finetuned on actions of {rate:g} Hz ({part['path']}, "
+                                 f"stride {part['stride']}), this environment steps at {bench.hz:g} Hz: "
+                                 "finetune with data or --strides of that rate")
+
+
 def note_differences(arms, bench, tasks):
     """Say so when a policy is asked for what it was not trained on, or two were trained on other starts."""
     spreads = {}
@@ -472,6 +483,7 @@ def main(argv=None):
     arm = next(iter(arms.values()))
     tasks = choose_tasks(args, bench, arm)
     check(args, bench, tasks)
+    check_rates(arms.values(), bench)
     note_differences(arms.values(), bench, tasks)
     seeds = [bench.first_seed + args.seed + i for i in range(args.episodes)]
     trained_spread = ((arm.checkpoint or {}).get("data", {}).get("extra") or {}).get("spread", 1.0)

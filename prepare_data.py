@@ -96,6 +96,45 @@ class Reject(Exception):
     """Raised by a job whose item cannot be used: Reject(reason, detail). Counted, never replaced by black."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)     # the machine's fault
+ODD = (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+       AssertionError, ElementTree.ParseError, csv.Error, struct.error, zlib.error, cv2.error)   # odd files'
+
+
+def reads_foreign_files(job):
+    """Decorator of jobs: one odd file among 200,000 is a reject with its error, not the end of the run.
+
+    InputError (the command is wrong) and a full machine still end it.
+    """
+    @functools.wraps(job)
+    def guarded(*args, **more):
+        try:
+            return job(*args, **more)
+        except (InputError, Reject):
+            raise
+        except ODD as error:
+            if getattr(error, "errno", None) in FULL:
+                raise
+            raise Reject("unreadable", one_line(error)) from error
+    return guarded
+
+
+@contextlib.contextmanager
+def described_by(path):
+    """What goes wrong while a file that describes a whole source is read is an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ODD as error:
+        raise InputError(f"{path} is not as expected ({one_line(error)}): fetch it again") from error
+
+
+def one_line(error):
+    """An exception in at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 # ---- files -------------------------------------------------------------------------------------------------
 
 def write_json(path, value):
@@ -108,8 +147,20 @@ def read_json(path):
     with open(path, encoding="utf-8") as f:
         try:
             return json.load(f)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a JSON file ({error}): fetch or make it again") from None
+
+
+def walk(root):
+    """os.walk that follows links, passes over datasets of ours, and hides no folder that it may not list."""
+    def refused(error):
+        raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable, or move it out")
+    seen = set()
+    for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
+        below[:] = [name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen
+                    and not os.path.exists(os.path.join(folder, name, "arguments.json"))]
+        seen.update(os.path.realpath(os.path.join(folder, name)) for name in below)
+        yield folder, below, names
 
 
 def check_free(folder, args):
@@ -133,10 +184,14 @@ def claim_output(folder, arguments, done, args):
             os.unlink(path)
     made_by = os.path.join(folder, "arguments.json")
     before = read_json(made_by) if os.path.exists(made_by) else arguments
-    for key in sorted(before.keys() | arguments.keys()):
-        if before.get(key) != arguments.get(key):
-            raise InputError(f"{folder} was begun with {key} {before.get(key)!r}, now it is "
-                             f"{arguments.get(key)!r}: --resume needs the same, --overwrite starts afresh")
+    with described_by(made_by):
+        pairs = [(key, before.get(key), arguments.get(key))
+                 for key in sorted(before.keys() | arguments.keys())]
+    for key, was, now in pairs:
+        if was != now:
+            was, now = ("others", "these") if key == "items" else (repr(was), repr(now))
+            raise InputError(f"{folder} was begun with {key} {was}, now it is {now}: --resume needs the "
+                             "same, --overwrite starts afresh")
     if os.path.exists(os.path.join(folder, done)):
         print(f"{folder}: complete, nothing to do")
         return True
@@ -176,9 +231,11 @@ def decode_image(data, size):
     A JPEG is drawn at half its size for half the time (a smaller inverse DCT; mean error 0.5 of 255). OpenCV
     fills a file that was cut off with grey and says nothing: Reject unless the end marker is there.
     """
-    end = b"\xff\xd9" if data[:2] == b"\xff\xd8" else b"IEND"
+    jpeg = data[:2] == b"\xff\xd8"
+    whole = (b"\xff\xd9" if jpeg else b"IEND") in data[-64:]
+    hole = jpeg and bytes(512) in data[data.rfind(b"\xff\xda"):]         # zeros in the compressed part
     array = np.frombuffer(data, np.uint8)
-    image = cv2.imdecode(array, cv2.IMREAD_REDUCED_COLOR_2) if end in data[-64:] else None
+    image = cv2.imdecode(array, cv2.IMREAD_REDUCED_COLOR_2) if whole and not hole else None
     if image is not None and min(image.shape[:2]) < size:
         image = cv2.imdecode(array, cv2.IMREAD_COLOR)
     if image is None:
@@ -224,6 +281,7 @@ def video_frames(capture, fps, start, end, stride):
         there = capture.grab()
 
 
+@reads_foreign_files
 def read_video(path, instructions, args, start=None, end=None):
     """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of its frames decode.
 
@@ -232,6 +290,8 @@ def read_video(path, instructions, args, start=None, end=None):
     """
     if not os.path.exists(path):
         raise Reject("missing file")
+    if not path.isprintable() and path.encode("utf-8", "replace").decode() != path:      # OpenCV would crash
+        raise Reject("odd file name", "it is not UTF-8: rename the file")
     with open(path, "rb") as f:
         head = f.read(8)
     if not head:
@@ -271,7 +331,7 @@ def drawn(name, args):
     """Whether an item is in the random share --fraction: by a hash of its name and --seed alone, whatever the
     other items are, so that a larger share holds the smaller one and a missing file moves no other.
     UPSTREAM: the release takes the first 10,000 files in lexicographic order."""
-    digest = hashlib.sha256(f"{args.seed}/{name}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{args.seed}/{name}".encode("utf-8", "backslashreplace")).hexdigest()
     return int(digest[:12], 16) < args.fraction * 16 ** 12
 
 
@@ -289,9 +349,11 @@ def ssv2_episodes(args):
                   for name in (f"{split}.json", f"something-something-v2-{split}.json")]
         found = next((place for place in places if os.path.isfile(place)), None)
         print(f"labels of {split}: {found or 'not there'}")
-        for entry in read_json(found) if found else []:
-            if "id" not in entry or "label" not in entry:
-                raise InputError(f"{found}: {entry} has no id or no label; leave the test split out")
+        entries = read_json(found) if found else []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not (isinstance(entry, dict) and "id" in entry and isinstance(entry.get("label"), str)):
+                raise InputError(f"{found}: {str(entry)[:80]} has no id or no label; leave the test split "
+                                 "out")
             labels[str(entry["id"])] = " ".join(entry["label"].split())
     if not labels:
         raise InputError(f"no labels in {args.input}: expected labels/train.json or "
@@ -341,7 +403,7 @@ def videos_episodes(args):
     One instruction for all, or a CSV with the columns file,instruction and, to cut, start,end in seconds.
     """
     endings = (".mp4", ".webm", ".avi", ".mov", ".mkv")
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(args.input) for name in names]
+    paths = [os.path.join(folder, name) for folder, _, names in walk(args.input) for name in names]
     files = sorted((os.path.relpath(path, args.input).replace(os.sep, "/") for path in paths
                     if path.lower().endswith(endings)), key=natural)
     if not files:
@@ -354,7 +416,7 @@ def videos_episodes(args):
     elif not args.instruction:
         print("no --captions and no --instruction: every video gets the empty instruction")
     for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
-        name = file if start is None else f"{file}@{start:g}-{end:g}"
+        name = file if start is None else f"{file}@{start:.12g}-{end:.12g}"
         if drawn(name, args):
             path = os.path.join(args.input, file)
             yield name, functools.partial(read_video, path, clips[file, start, end], args, start, end)
@@ -365,15 +427,15 @@ def read_captions(path, files, folder):
     captions = {}
     if not os.path.isfile(path):
         raise InputError(f"no captions at {path}: give a CSV with the columns file,instruction")
-    with open(path, encoding="utf-8-sig", newline="") as f:
+    with described_by(f"{path} (UTF-8 text)"), open(path, encoding="utf-8-sig", newline="") as f:
         rows = csv.DictReader(f)
         columns = set(rows.fieldnames or ())
         if not {"file", "instruction"} <= columns or len(columns & {"start", "end"}) == 1:
             raise InputError(f"{path} has the columns {rows.fieldnames}: expected file,instruction and, to "
                              "cut clips out of the files, start,end")
         for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if row["file"] not in files:
+            where, file = f"{path}, line {rows.line_num}", os.path.normpath(row["file"].replace("\\", "/"))
+            if file not in files:
                 raise InputError(f"{where}: no video {row['file']!r} in {folder}")
             times = [row.get("start"), row.get("end")]
             start, end = None, None
@@ -386,7 +448,9 @@ def read_captions(path, files, folder):
                     raise InputError(f"{where}: start {times[0]!r} and end {times[1]!r} are to be seconds, "
                                      "0 <= start < end, or both empty for the whole file")
             text = " ".join((row["instruction"] or "").split())
-            captions.setdefault((row["file"], start, end), []).append(text)
+            captions.setdefault((file, start, end), []).append(text)
+    if not captions:
+        raise InputError(f"{path} has no row below its heading: expected one per video or clip")
     return captions
 
 
@@ -420,7 +484,7 @@ def bridge_episodes(args):
 def tree_trajectories(root):
     """Folder -> {relative name of a trajectory: function that lists its files}."""
     found = {}
-    for folder, below, _ in os.walk(root):
+    for folder, below, _ in walk(root):
         below[:] = [name for name in below if "lmdb" not in name]
         if os.path.basename(folder).startswith("traj_group"):
             for name in below:
@@ -434,7 +498,7 @@ def tree_trajectories(root):
 
 def tree_files(folder):
     """Files of one trajectory -> {relative name: function that reads it}."""
-    names = [name for path, _, below in os.walk(folder) for name in
+    names = [name for path, _, below in walk(folder) for name in
              (os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/") for file in below)]
     files = {name: os.path.join(folder, name) for name in names if BRIDGE_WANTED.fullmatch(name)}
     config = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(folder))), "config.json")
@@ -448,6 +512,7 @@ def read_bytes(path):
         return f.read()
 
 
+@reads_foreign_files
 def bridge_episode(name, list_files, args):
     """Job: one trajectory -> episode. T images, T-1 actions, T states."""
     files = list_files()
@@ -456,9 +521,12 @@ def bridge_episode(name, list_files, args):
         raise Reject("missing file", f"no {' and no '.join(missing)}")
     actions = bridge_actions(read_pickle(files["policy_out.pkl"](), "policy_out.pkl"))           # (T-1, 7)
     observed = read_pickle(files["obs_dict.pkl"](), "obs_dict.pkl")
-    state = observed.get("full_state", observed.get("state")) if isinstance(observed, dict) else None
-    if np.ndim(state) != 2 or np.shape(state)[1] != 7:
-        raise Reject("no full_state", f"obs_dict.pkl: full_state of shape {np.shape(state)}, expected (T, 7)")
+    try:
+        state = as_array(observed["full_state" if "full_state" in observed else "state"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        state = np.zeros(0)
+    if state.ndim != 2 or state.shape[1] != 7:
+        raise Reject("no full_state", f"obs_dict.pkl: full_state of shape {state.shape}, expected (T, 7)")
     frames = {camera: bridge_frames(camera, files) for camera in args.cameras}    # {camera: T file names}
     counts = {len(names) for names in frames.values()}
     if counts != {len(actions) + 1}:
@@ -503,10 +571,9 @@ def bridge_frames(camera, files):
                 if (match := re.fullmatch(rf"{folder}/im_(\d+)\.jpe?g", file))}
     if not numbered:
         raise Reject("no such camera", f"{camera}: no images in {folder}")
-    gaps = sorted(set(range(max(numbered) + 1)) - set(numbered))
-    if gaps:
-        raise Reject("missing frames", f"{folder}/im_{gaps[0]}.jpg and {len(gaps) - 1} more of "
-                                       f"{max(numbered) + 1}")
+    gap = next((t for t in range(len(numbered)) if t not in numbered), None)
+    if gap is not None:
+        raise Reject("missing frames", f"{folder}/im_{gap}.jpg of {max(numbered) + 1}")
     return [numbered[t] for t in range(len(numbered))]
 
 
@@ -519,10 +586,11 @@ def camera_topics(config):
 
 
 def bridge_actions(stored):
-    """policy_out.pkl, a list of dicts or of arrays -> (T-1, 7) float64. Reject anything else."""
+    """policy_out.pkl, a list of dicts, a list of arrays or one array -> (T-1, 7) float64. Reject the rest."""
     try:
-        actions = np.array([step["actions"] if isinstance(step, dict) else step for step in stored], float)
-    except (KeyError, TypeError, ValueError):
+        steps = stored if isinstance(stored, (list, tuple)) else as_array(stored)
+        actions = np.array([as_array(step["actions"] if isinstance(step, dict) else step) for step in steps])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         actions = np.zeros(0)
     if actions.ndim != 2 or actions.shape[1] != 7:
         raise Reject("odd policy_out.pkl", "expected a list of dicts with 7 actions each, or of 7 numbers")
@@ -544,31 +612,64 @@ def bridge_annotations(files):
     return list(dict.fromkeys(line for line in lines if line and "confidence" not in line.lower())) or [""]
 
 
+class Pickled:
+    """What a pickle says of an array, a dtype or a number of numpy's: kind, the arguments, the state."""
+    __slots__ = ("kind", "args", "state")
+
+    def __init__(self, kind, *args):
+        self.kind, self.args, self.state = kind, args, None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
 class NumpyUnpickler(pickle.Unpickler):
-    """Admits arrays, numbers and plain containers. A pickle is a program: what else it names would run."""
-    NAMED = {name: kind for kind in (np.ndarray, np.dtype, collections.OrderedDict)
-             for name in [(kind.__module__, kind.__name__)]}
-    NAMED["_codecs", "encode"] = codecs.encode           # how bytes are written by older protocols
-    for made in (np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0]):
-        for module in (made.__module__, "numpy.core.multiarray", "numpy._core.multiarray",
-                       "numpy.core.numeric", "numpy._core.numeric"):
-            NAMED[module, made.__name__] = made
+    """Admits numpy's arrays and plain containers. A pickle is a program: what else it names would run.
+
+    numpy itself is kept out as well (with numbers of its choice a pickle can make it write anywhere in
+    memory): its names become notes, Pickled, of which as_array makes an array that is checked.
+    """
+    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric",
+               "numpy._core.numeric")
+    KINDS = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
 
     def find_class(self, module, name):
-        if (module, name) not in self.NAMED:
-            raise Reject("unsafe pickle", f"it names {module}.{name}")
-        return self.NAMED[module, name]
+        if module in self.MODULES and name in self.KINDS:
+            return lambda *args: Pickled(name, *args)            # a new one each: a pickle may write into it
+        if (module, name) == ("_codecs", "encode"):              # how bytes are written by old protocols
+            return lambda text, encoding="latin1": text.encode("latin1")
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda *items: dict(*items)
+        raise Reject("unsafe pickle", f"it names {module}.{name}")
 
 
 def read_pickle(data, name):
-    """Pickle -> the data in it. Reject when it is damaged or names anything but numpy; nothing is run."""
+    """Pickle -> what is in it, arrays as Pickled. Reject when it is damaged or names anything but numpy."""
     try:
         return NumpyUnpickler(io.BytesIO(data)).load()
     except Reject as reject:
         raise Reject(reject.args[0], f"{name}: {reject.args[1]}; nothing in it was run") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-            UnicodeDecodeError, MemoryError, OverflowError) as error:
-        raise Reject("damaged pickle", f"{name}: {type(error).__name__}: {error}"[:200]) from None
+    except (pickle.UnpicklingError, EOFError, MemoryError, *ODD) as error:
+        raise Reject("damaged pickle", f"{name}: {one_line(error)}") from None
+
+
+def as_array(value):
+    """Numbers of a pickle (Pickled ones, lists of them) -> float64 array. ValueError, TypeError."""
+    if isinstance(value, (list, tuple)):
+        return np.array([as_array(item) for item in value], float)
+    if not isinstance(value, Pickled):
+        return np.array(value, float)
+    if value.kind == "_reconstruct":
+        _, shape, dtype, fortran, data = value.state
+        order = "F" if fortran else "C"
+    elif value.kind == "_frombuffer":
+        data, dtype, shape, order = value.args
+    else:                                            # one number, or what is none: too few arguments
+        (dtype, data), shape, order = value.args, (), "C"
+    code, endian = dtype.args[0], (dtype.state or (3, "<"))[1]
+    if not (isinstance(data, (bytes, bytearray)) and re.fullmatch("[biuf][1248]", code) and endian in "<>=|"):
+        raise ValueError(f"an array of {code!r}")
+    return np.frombuffer(data, np.dtype(endian + code)).reshape(shape, order=order).astype(float)
 
 
 # The zip has millions of members: zipfile would hold an object for each, gigabytes, in every process. Here
@@ -592,7 +693,9 @@ def zip_trajectories(path):
     with mapped(path) as archive:
         for name, place, _ in zip_entries(archive, *zip_directory(archive, path), path):
             match = IN_TRAJECTORY.fullmatch(name)
-            if match and "lmdb" not in name and BRIDGE_WANTED.fullmatch(match[2]):
+            if re.search("lmdb|__MACOSX", name):
+                continue
+            if match and BRIDGE_WANTED.fullmatch(match[2]):
                 parts = found.setdefault(match[1], [])
                 if parts and parts[-1][1] == place[0]:
                     parts[-1][1] = place[1]
@@ -608,7 +711,9 @@ def zip_trajectories(path):
 
 def zip_directory(archive, path):
     """(start, end) of a zip's central directory, from the records at its very end."""
-    at = archive.rfind(b"PK\5\6", max(0, len(archive) - 65557))
+    at = len(archive) - 21                           # the record ends with a comment, and says how long it is
+    while at >= 0 and archive[at + 20:at + 22] != struct.pack("<H", (len(archive) - at - 22) % 65536):
+        at = archive.rfind(b"PK\5\6", max(0, len(archive) - 65557), at + 3)
     if at < 0:
         raise InputError(f"{path} is not a whole zip ({len(archive):,} bytes, no directory at its end): was "
                          "it downloaded to the end? fetch it again, or give the folder it unpacks to")
@@ -637,7 +742,7 @@ def zip_entries(archive, at, end, path):
                 size, packed, offset = (next(wide) if value == 0xffffffff else value
                                         for value in (size, packed, offset))
             fields = fields[4 + width:]
-        text = archive[at + 46:at + 46 + name].decode("utf-8" if flags & 0x800 else "cp437")
+        text = archive[at + 46:at + 46 + name].decode("utf-8" if flags & 0x800 else "cp437", "replace")
         start, at = at, at + 46 + name + extra + comment
         yield text, (start, at), (method, crc, packed, offset)
 
@@ -654,6 +759,8 @@ def zip_files(path, parts, config):
 
 def zip_read(path, method, crc, packed, offset):
     """One member's content. Reject when it is damaged."""
+    if method not in (0, 8):
+        raise Reject("unknown compression", f"method {method} of the zip: unpack it, and give the folder")
     with open(path, "rb") as f:
         f.seek(offset)
         header = f.read(30)
@@ -664,9 +771,9 @@ def zip_read(path, method, crc, packed, offset):
                 data = zlib.decompress(data, -15) if method == 8 else data
             except zlib.error:
                 data = b""
-            if method in (0, 8) and zlib.crc32(data) == crc:
+            if zlib.crc32(data) == crc:
                 return data
-    raise Reject("damaged in the zip", f"the member at byte {offset} (method {method})")
+    raise Reject("damaged in the zip", f"the member at byte {offset}")
 
 
 # ---- source: LIBERO ----------------------------------------------------------------------------------------
@@ -687,29 +794,31 @@ def libero_episodes(args):
     Two annotations: the one in the file (the BDDL's), then the task's name, which differs in some suites.
     """
     paths = [args.input] if os.path.isfile(args.input) else [
-        os.path.join(folder, name) for folder, _, names in os.walk(args.input) for name in names
+        os.path.join(folder, name) for folder, _, names in walk(args.input) for name in names
         if name.endswith((".hdf5", ".h5"))]
     if not paths:
         raise InputError(f"no .hdf5 in {args.input}: expected <task>_demo.hdf5, or folders of them")
     root = args.input if os.path.isdir(args.input) else os.path.dirname(args.input)
     if args.render:
         import_libero(args.libero_assets)            # before the first hour of rendering, not in its course
-    tasks = {}                                       # {path: (instructions, demo keys, successes or None)}
+    tasks = {}                                       # {name: (path, instructions, keys, successes or None)}
     for path in sorted(paths, key=natural):
         name = os.path.relpath(path, root).replace(os.sep, "/")
         try:
             with h5py.File(path, "r") as f:
                 keys = sorted((key for key in f["data"] if key.startswith("demo")), key=natural)
+                if not keys:
+                    raise ValueError("no demonstration in it")
                 bare = [key for key in keys if not any(f"obs/{image}" in f["data"][key]
                                                        for image in LIBERO_CAMERAS["agentview"])]
                 instructions = libero_instructions(f["data"].attrs, path)
                 successes = libero_successes(f, keys)
-        except (OSError, KeyError, ValueError) as error:
+        except ODD as error:
             print(f"{path} cannot be read: left out, fetch it again")
-            yield name, functools.partial(refuse, "damaged file", str(error).splitlines()[0][:200])
+            yield name, functools.partial(refuse, "damaged file", one_line(error))
             continue
         tasks[name] = (path, instructions, keys, successes)
-        if bare and not args.render:
+        if len(bare) == len(keys) and not args.render:
             raise InputError(f"{path} holds states but no images in {bare[0]}: --render draws them with the "
                              "simulator, or fetch the files with images")
     if args.render and not args.keep_failures:
@@ -729,8 +838,7 @@ def libero_instructions(attrs, path):
     """-> [the file's own instruction, the one in its name], or one where they agree."""
     info = json.loads(attrs.get("problem_info", "{}"))
     text = info.get("language_instruction") or ""
-    text = "".join(text) if isinstance(text, list) and max(map(len, text)) == 1 else (
-        " ".join(text) if isinstance(text, list) else text)
+    text = " ".join(text) if isinstance(text, list) else text
     name = re.sub(r"(_demo)?\.(hdf5|h5)$", "", os.path.basename(path))
     name = re.sub(r"^.*SCENE\d+_", "", name).replace("_", " ")
     return list(dict.fromkeys(t for t in (" ".join(text.strip(' "\n').split()), name) if t))
@@ -757,18 +865,16 @@ def choose_successes(name, keys, successes, args):
     return kept
 
 
+@reads_foreign_files
 def libero_demo(path, key, instructions, args):
     """Job: one demonstration -> episode. T rows give T images and T-1 actions: one has no image beside it."""
-    try:
-        with h5py.File(path, "r") as f:
-            demo = f["data"][key]
-            actions = demo["actions"][:]
-            if args.render:
-                images, proprio, after = *draw_states(f, demo, path, args), False
-            else:
-                images, proprio, after = stored_observations(f, demo, args)
-    except (OSError, KeyError, ValueError) as error:
-        raise Reject("damaged file", f"{type(error).__name__}: {error}"[:200]) from None
+    with h5py.File(path, "r") as f:
+        demo = f["data"][key]
+        actions = demo["actions"][:]
+        if args.render:
+            images, proprio, after = *draw_states(f, demo, path, args), False
+        else:
+            images, proprio, after = stored_observations(f, demo, args)
     lengths = {len(actions), len(proprio), *map(len, images.values())}
     if len(lengths) > 1 or actions.ndim != 2 or actions.shape[1] != 7:
         raise Reject("odd lengths", f"actions {actions.shape}, {len(proprio)} states, "
@@ -802,7 +908,11 @@ def stored_observations(f, demo, args):
             raise Reject("no such camera", f"{camera}: obs has {', '.join(obs)}"[:200])
     raw = all(name.endswith("_rgb") for name in names.values())
     upside_down = raw and f["data"].attrs.get("macros_image_convention", "opengl") != "opencv"
-    images = {camera: obs[name][:][:, ::-1 if upside_down else 1] for camera, name in names.items()}
+    images = {camera: obs[name][:] for camera, name in names.items()}
+    for camera, frames in images.items():
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise Reject("odd images", f"{camera}: {frames.dtype} {frames.shape}, expected uint8 T, H, W, 3")
+        images[camera] = frames[:, ::-1 if upside_down else 1]
     if raw:
         proprio = np.hstack([obs["ee_pos"], obs["ee_ori"], obs["gripper_states"]])
     else:
@@ -819,7 +929,10 @@ def observed_after(demo):
     if "states" not in demo or demo["states"].ndim != 2 or "joint_states" not in demo["obs"]:
         return True                                  # a raw file that lost its states
     joints, states = demo["obs/joint_states"][:], demo["states"][:, 1:8]
-    return bool(np.abs(joints[:-1] - states[1:]).mean() <= np.abs(joints - states).mean())
+    after, before = np.abs(joints[:-1] - states[1:]).mean(), np.abs(joints - states).mean()
+    if not np.isfinite(after + before):
+        raise Reject("states not finite", "so nothing tells whether images are from before their action")
+    return bool(after <= before)
 
 
 def axis_angle(quaternion):
@@ -929,18 +1042,29 @@ def draw_states(f, demo, path, args):
     return images, np.hstack([position, axis_angle(quaternion), fingers])
 
 
+@reads_foreign_files
 def simulated_successes(path, keys, args):
-    """Job: whether each demonstration of a file reaches its goal in one of its last 20 states."""
+    """Job: whether each demonstration of a file succeeds; an odd one passes, its own job will reject it."""
     with h5py.File(path, "r") as f:
-        env, successes = task_simulator(f, path, args), []
+        env, found = task_simulator(f, path, args), []
         for key in keys:
-            place_scene(env, f["data"][key])
-            successes.append(False)
-            for state in f["data"][key]["states"][-20:].astype(np.float64):
-                env.set_state(state)
-                env.sim.forward()
-                successes[-1] |= bool(env.check_success())
-    return successes
+            try:
+                found.append(reaches_goal(env, f["data"][key]))
+            except Reject:
+                found.append(True)
+    return found
+
+
+@reads_foreign_files
+def reaches_goal(env, demo):
+    """Whether the task is solved in one of a demonstration's last 20 states."""
+    place_scene(env, demo)
+    for state in demo["states"][-20:].astype(np.float64):
+        env.set_state(state)
+        env.sim.forward()
+        if env.check_success():
+            return True
+    return False
 
 
 # ---- source: a LeRobotDataset v3 ---------------------------------------------------------------------------
@@ -959,9 +1083,11 @@ def lerobot_episodes(args):
     videos = [key for key in keys.values() if info["features"][key]["dtype"] == "video"]
     columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"] + [
         f"videos/{key}/{what}" for key in videos for what in ("chunk_index", "file_index", "from_timestamp")]
-    rows = [row for path in sorted(tables, key=natural)
-            for row in parquet.read_table(path, columns=columns).to_pylist()]
-    rows = {row["episode_index"]: row for row in rows}                   # a stale table may repeat some
+    rows = {}
+    for path in sorted(tables, key=natural):
+        with described_by(path):                                         # a stale table may repeat some
+            rows |= {int(row["episode_index"]): row
+                     for row in parquet.read_table(path, columns=columns).to_pylist()}
     if len(rows) != info.get("total_episodes", len(rows)):
         print(f"meta/episodes has {len(rows)} episodes, info.json says {info['total_episodes']}")
     for index in sorted(rows):
@@ -986,7 +1112,13 @@ def lerobot_info(args):
     if not os.path.isfile(path):
         raise InputError(f"no meta/info.json in {args.input}: expected a LeRobotDataset v3 folder")
     info = read_json(path)
-    if not str(info.get("codebase_version")).startswith("v3"):
+    with described_by(path):
+        keys = [key for key in ("codebase_version", "features", "data_path", "fps") if not info.get(key)]
+        odd = [key for key, feature in info["features"].items()
+               if not feature["dtype"] or not feature["shape"]]
+        if keys or odd or not 0 < float(info["fps"]) < 1000:
+            raise ValueError(f"{' '.join(keys + odd) or 'fps'} {info.get((keys or ['fps'])[0])}")
+    if not str(info["codebase_version"]).startswith("v3"):
         raise InputError(f"{args.input} is a LeRobotDataset {info.get('codebase_version')}, expected v3: "
                          "convert it with LeRobot's own convert_dataset_v21_to_v30.py")
     return info
@@ -1033,6 +1165,7 @@ def lerobot_about(args):
             "proprio": lerobot_vector(info, "observation.state", args)}
 
 
+@reads_foreign_files
 def lerobot_episode(row, keys, info, args):
     """Job: one episode, from the rows of a table and the frames of one video per camera."""
     parquet, av = import_lerobot_readers()
@@ -1066,7 +1199,8 @@ def lerobot_episode(row, keys, info, args):
             frames = timed_frames(av, os.path.join(args.input, place), row[f"videos/{key}/from_timestamp"], T,
                                   fps)
         images[camera] = to_jpegs((FLIPS[args.flip](frame) for frame in frames), args)
-    return {"images": images, "instructions": row["tasks"] or [""], "fps": fps, **episode}
+    tasks = [row["tasks"]] if isinstance(row["tasks"], str) else [str(text) for text in row["tasks"] or [""]]
+    return {"images": images, "instructions": tasks, "fps": fps, **episode}
 
 
 FLIPS = {"none": lambda frame: frame, "vertical": lambda frame: frame[::-1],
@@ -1297,7 +1431,8 @@ def run_jobs(jobs, workers):
 
 def convert(args):
     """Write one dataset from one source. -> share of rejected items. InputError, OSError."""
-    source, items = SOURCES[args.source], list(SOURCES[args.source].episodes(args))
+    source = SOURCES[args.source]
+    items = [(name.encode("utf-8", "backslashreplace").decode(), job) for name, job in source.episodes(args)]
     if not items:
         raise InputError(f"{args.source}: nothing to convert with these arguments (is --fraction too small?)")
     about = source.about(args)
@@ -1367,6 +1502,9 @@ def check_episode(episode, about):
         if key in episode:
             episode[key] = np.asarray(episode[key], np.float32)
             assert len(episode[key]) == rows, f"{len(episode[key])} {key} for {T} frames, expected {rows}"
+            width = len(about[attribute]["names"])
+            if episode[key].shape[1:] != (width,):
+                return Reject(f"odd {key}", f"shape {episode[key].shape}, expected {width} numbers per step")
             if not np.isfinite(episode[key]).all():
                 return Reject(f"{key} not finite")
     return episode
@@ -1416,7 +1554,7 @@ def finish(folder, about, paths, num_items):
     shards, rejects, fps, instructions = [], [], [], set()
     numbers = {"actions": [], "proprio": []}
     for path in paths:
-        with h5py.File(path, "r") as f:
+        with open_shard(path, "delete it, then --resume makes it again") as f:
             start = f["episode_start"][:]
             rejects += [json.loads(text) for text in f["rejects"].asstr()[:]]
             instructions |= {json.loads(text)[0] for text in f["instruction"].asstr()[:]}
@@ -1466,10 +1604,20 @@ def read_manifest(path):
         raise InputError(f"{path} is not a dataset (no dataset.json): python prepare_data.py sim makes "
                          "data/robot and data/hand")
     attrs = read_json(manifest)
-    if attrs["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {attrs['format_version']}, expected {FORMAT_VERSION}: "
-                         "make it again")
+    if not isinstance(attrs, dict) or "shards" not in attrs:
+        raise InputError(f"{manifest} is not one of ours: copy or make the dataset again")
+    if attrs.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {attrs.get('format_version')}, expected "
+                         f"{FORMAT_VERSION}: make it again")
     return attrs, attrs.pop("shards"), file_hash(manifest)
+
+
+def open_shard(path, mend="copy or make the dataset again"):
+    """-> open h5py.File. InputError when it is none."""
+    try:
+        return h5py.File(path, "r")
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): {mend}") from e
 
 
 class EpisodeDataset(torch.utils.data.Dataset):
@@ -1522,8 +1670,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
             raise InputError(f"a chunk of {chunk} actions does not fit: the longest episode of {path} "
-                             f"({split}) has {longest}" + f" at stride {stride}" * (stride > 1)
-                             + f", take 1 to {longest}")
+                             f"({split}) has {longest}"
+                             + f" at stride {stride}, lower --strides or" * (stride > 1)
+                             + f", take 1 to {max(1, longest)}")
         self._ends = np.cumsum(np.maximum(self.lengths[self.episodes] - stride, 0))    # end of its windows
         self._files, self._pid = collections.OrderedDict(), None
 
@@ -1534,7 +1683,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         for k, path in enumerate(self._paths):
             if not os.path.exists(path):
                 raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
-            with self._open(path) as f:
+            with open_shard(path) as f:
                 if f.attrs["text_encoder"] != self.text_encoder:
                     raise InputError(f"{path} is embedded with {f.attrs['text_encoder']}, dataset.json says "
                                      f"{self.text_encoder}: embed was interrupted, run it again")
@@ -1550,14 +1699,6 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self._place, self.lengths = np.array(rows)[:, :3], np.array(rows)[:, 3]
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
-
-    @staticmethod
-    def _open(path):
-        try:
-            return h5py.File(path, "r")
-        except OSError as e:
-            raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): copy or make the "
-                             "dataset again") from e
 
     def _choose(self, split, demos_per_task):
         """Episodes of a split, as sorted indices."""
@@ -1703,9 +1844,10 @@ class Mixture(torch.utils.data.Dataset):
             if len(part.cameras) != len(first.cameras):
                 raise InputError(f"{part.path} has {len(part.cameras)} cameras, {first.path} has "
                                  f"{len(first.cameras)}: mix what agrees")
-            if first.action_dim and part.attrs["action"] != first.attrs["action"]:
-                raise InputError(f"the actions of {part.path} are not those of {first.path}: units, frames "
-                                 "or gripper signs differ, see their dataset.json")
+            for key in ("action", "proprio") if first.action_dim else ():
+                if part.attrs[key] != first.attrs[key]:
+                    raise InputError(f"the {key} of {part.path} is not that of {first.path}: names, units, "
+                                     "frames or gripper signs differ, see their dataset.json")
         self.weights = None if weights is None else np.array(weights) / sum(weights)
         self._starts = np.cumsum([0] + [len(part) for part in self.parts])
         self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
@@ -1784,7 +1926,7 @@ def embed_again(args):
     encoder = TextEncoder(args.text_encoder)
     for shard in tqdm(shards, args.data, unit="shard"):
         path, buffer = os.path.join(args.data, shard["file"]), io.BytesIO()
-        with h5py.File(path, "r") as old, h5py.File(buffer, "w") as new:
+        with open_shard(path) as old, h5py.File(buffer, "w") as new:
             new.attrs.update({**old.attrs, "text_encoder": encoder.name, "text_dim": encoder.dim})
             for key in sorted(set(old) - {"instruction_embedding"}):
                 old.copy(key, new)
@@ -1816,6 +1958,8 @@ def inspect(args):
         for d, name in enumerate(data.attrs[{"actions": "action"}.get(key, key)]["names"]):
             print(f"{name:>15}  " + "".join(f"{column[d]:>10.4f}" for column in table.values()))
     path = args.contact_sheet or os.path.join(args.data, "contact_sheet.png")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise InputError(f"no folder for --contact-sheet {path}")
     write_atomically(path, cv2.imencode(".png", contact_sheet(data))[1].tobytes())
     print(f"{'contact sheet':>15}  {path}")
     return 0.0
@@ -1876,7 +2020,7 @@ def build_parser(smoke=False):
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
     sim, ssv2, bridge, libero, lerobot, videos, look, text = (
         commands.add_parser(name, help=what, formatter_class=show) for name, what in about.items())
-    words = {"type": lambda value: value.split(",")}
+    words = {"type": lambda value: [word.strip() for word in value.split(",")]}
     group = sim.add_argument_group("what is filmed")
     group.add_argument("--demos-per-task", type=int, default=60, help="successful demonstrations; 0 = none")
     group.add_argument("--hand-videos-per-task", type=int, default=80, help="videos of the hand; 0 = none")
@@ -1953,6 +2097,15 @@ def main(argv=None):
                      ("seed", 0), ("demos_per_task", 0), ("hand_videos_per_task", 0)):
         if getattr(args, key, low) < low:
             raise InputError(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {low} or more")
+    if not 0 < getattr(args, "fraction", 1) <= 1:
+        raise InputError(f"--fraction {args.fraction}: expected a share above 0, 1 for all")
+    cameras = getattr(args, "cameras", None) or []
+    if len(set(cameras)) < len(cameras) or "" in cameras or (
+            args.source == "libero" and not set(cameras) <= set(LIBERO_CAMERAS)):
+        raise InputError(f"--cameras {','.join(cameras)}: expected different names"
+                         + f" out of {', '.join(LIBERO_CAMERAS)}" * (args.source == "libero"))
+    if getattr(args, "out", ".") == "":
+        raise InputError("--out is empty: give a folder")
     rejected = {"sim": film_twin, "inspect": inspect, "embed": embed_again}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
         done = "nothing was written" if getattr(args, "check", False) else "the dataset is written"

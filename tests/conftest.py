@@ -44,8 +44,8 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
 
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
                  format_version=prepare_data.FORMAT_VERSION, alignment="pre", text_encoder=text_encoder,
-                 text_dim=512, extra={}, proprio={"names": "x y"} if actions else None,
-                 action={"names": "x y . . . . side", "units": "pixels / 100",
+                 text_dim=512, extra={}, proprio={"names": list("xy.....")} if actions else None,
+                 action={"names": "x y . . . . side".split(), "units": "pixels / 100",
                          "delta": prepare_data.CHANGES} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]

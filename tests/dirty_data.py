@@ -205,6 +205,15 @@ def make_bridge(root):
     def shorten(name, count):
         return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:count])
 
+    def hole(name):
+        def change(folder):
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(data[:-3000] + bytes(2000) + data[-1000:])
+        return change
+
+    def link(name):
+        return lambda folder: ((folder / name).rename(folder / "other"), (folder / name).symlink_to("other"))
+
     def drop(*names):
         return lambda folder: [(folder / name).unlink() for name in names]
 
@@ -241,6 +250,10 @@ def make_bridge(root):
     item("im_0.jpg missing", "missing frames", change=drop("images0/im_0.jpg"))
     item("as many images as actions", "frame count", change=drop("images0/im_13.jpg"))
     item("an action more", "frame count", actions=lambda rows: [*rows, rows[-1]])
+    item("a stray image with a time in its name", "missing frames",
+         change=write("images0/im_1689083217.jpg", b"x"))
+    item("a hole of zeros in an image", "damaged image", size=(480, 640), change=hole("images0/im_5.jpg"))
+    item("images0 is a link to a folder", "14 frames", change=link("images0"))
     item("no images at all", "no such camera", change=lambda folder: shutil.rmtree(folder / "images0"))
     item("a stray file among the images", "14 frames", change=write("images0/Thumbs.db", b"x"))
     item("an image cut off", "damaged image", change=shorten("images0/im_5.jpg", -400))
@@ -260,6 +273,9 @@ def make_bridge(root):
     item("no actions", "odd policy_out.pkl", actions=lambda rows: [])
     item("NaN in an action", "actions not finite", actions=lambda rows: list(rows * np.nan))
     item("infinity in a state", "proprio not finite", state=lambda rows: rows + np.inf)
+    item("rows of state of different length", "no full_state", state=lambda rows: [[1.0], *rows.tolist()])
+    item("state is a text", "no full_state", state=lambda rows: "full")
+    item("a number that no float holds", "odd policy_out.pkl", actions=lambda rows: [[10 ** 400] * 7])
     item("state of six numbers", "no full_state", state=lambda rows: rows[:, :6])
     item("a row of state missing, though recent", "state count", state=lambda rows: rows[:-1])
     item("5 images", "too short", T=5)
@@ -276,7 +292,7 @@ def make_bridge(root):
 def zip_tree(root, path, compression=zipfile.ZIP_DEFLATED):
     """The tree as a zip, members in the order in which `zip -r` walks."""
     with zipfile.ZipFile(path, "w", compression) as archive:
-        for folder, _, names in os.walk(root):
+        for folder, _, names in os.walk(root, followlinks=True):
             for name in names:
                 archive.write(os.path.join(folder, name), os.path.relpath(os.path.join(folder, name), root))
 
@@ -326,6 +342,10 @@ def make_libero(root):
                 libero_demo(data, key, len(items), **arguments)
 
     nan = {"actions": lambda actions: actions * np.nan}
+
+    def four(images):
+        return np.concatenate([images, images[..., :1]], -1)
+
     file("put_it_away_demo.hdf5", [
         ("demo_10", "sorts before demo_2 as text", "16 frames", {}), ("demo_2", "nothing", "16 frames", {}),
         ("demo_3", "a camera missing", "no such camera", {"obs/eye_in_hand_rgb": None}),
@@ -333,7 +353,14 @@ def make_libero(root):
         ("demo_5", "NaN in the actions", "actions not finite", nan),
         ("demo_6", "5 steps", "too short", {"T": 5}),
         ("demo_7", "black images", "blank frames", {"obs/agentview_rgb": lambda x: x * 0}),
-        ("demo_8", "ee_pos missing", "damaged file", {"obs/ee_pos": None})])
+        ("demo_8", "ee_pos missing", "unreadable", {"obs/ee_pos": None}),
+        ("demo_9", "NaN in joint_states", "states not finite", {"obs/joint_states": lambda x: x * np.nan}),
+        ("demo_11", "images with four channels", "odd images", {"obs/agentview_rgb": four}),
+        ("demo_12", "images as floats", "odd images", {"obs/agentview_rgb": lambda x: x / 255}),
+        ("demo_13", "one finger", "odd proprio", {"obs/gripper_states": lambda x: x[:, :1]}),
+        ("demo_14", "states alone among others with images", "no such camera", {
+            f"obs/{name}_rgb": None for name in ("agentview", "eye_in_hand")}),
+        ("demo_15", "actions are texts", "odd lengths", {"actions": np.array([b"a"] * 16)})])
     file("KITCHEN_SCENE1_open_it_demo.hdf5", [("demo_0", "no problem_info: name says it", "16 frames", {})],
          {"macros_image_convention": "opengl"})
     file("quoted_demo.hdf5", [("demo_0", "instruction in quotes", "16 frames", {})],
@@ -354,11 +381,12 @@ def make_libero(root):
     (root / "cut_demo.hdf5").write_bytes(whole[:len(whole) // 2])
     (root / "page_demo.hdf5").write_text("<html>404</html>")
     (root / "none_demo.hdf5").touch()
-    with h5py.File(root / "other_demo.hdf5", "w") as f:
-        f["x"] = 1
+    for name, group in (("other", "x"), ("bare", "data")):
+        with h5py.File(root / f"{name}_demo.hdf5", "w") as f:
+            f.create_group(group)
     return items + [Item(f"{name}_demo.hdf5", dirt, "damaged file") for name, dirt in (
         ("cut", "cut off half-way"), ("page", "a web page"), ("none", "0 bytes"),
-        ("other", "HDF5 of something else"))]
+        ("other", "HDF5 of something else"), ("bare", "no demonstration in it"))]
 
 
 # ---- LeRobotDataset v3 -------------------------------------------------------------------------------------
@@ -417,6 +445,9 @@ def make_lerobot(root):
     def nan(table):
         return {**table, "action": (np.array(table["action"]) * np.nan).tolist()}
 
+    def ragged(table):
+        return {**table, "action": [[1.0], *table["action"][1:]]}
+
     item("nothing", "15 frames")
     item("begins in the middle of a video", "15 frames", tasks=("move it", "shove it"))
     item("an odd number of frames before it", "14 frames", T=14)
@@ -428,6 +459,7 @@ def make_lerobot(root):
     item("no task", "15 frames", tasks=())
     item("last of its file", "15 frames")
     item("another file", "15 frames", file=1)
+    item("actions of different width", "unreadable", file=1, change=ragged)
     item("the video ends too early", "truncated", file=1, frames=9)
     item("its video is missing", "missing file", file=2)
     item("its video is cut off", "damaged video", file=3)

@@ -232,12 +232,14 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
     good = write_checkpoint(tmp_path / "good.pt")
     latent = write_checkpoint(tmp_path / "latent.pt", head="latent")
     foreign = write_checkpoint(tmp_path / "foreign.pt", instructions=["open the drawer"])
+    slow = write_checkpoint(tmp_path / "slow.pt", mixture=[{"path": "data/robot", "fps": 20, "stride": 2}])
     broken = torch.load(good, weights_only=True)
     broken["policy"]["action_token"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
     for flags, message in ((("--checkpoint", latent), "finetune it first"),
                            (("--checkpoint", foreign), "--tasks"),
                            (("--checkpoint", str(tmp_path / "broken.pt")), "NaN"),
+                           (("--checkpoint", slow), "actions of 10 Hz .* steps at 20 Hz"),
                            (("--checkpoint", good, "--seed", "-1"), "training starts"),
                            (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
                            (("--checkpoint", good, "--execute", "5"), "1 to 4"),

@@ -1,7 +1,9 @@
 """Claims of the converters: dirt is named and never becomes data, and action k stands beside frame k."""
+import collections
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -19,8 +21,8 @@ import prepare_data
 import pretrain
 from conftest import metrics
 from dirty_data import SIZE, convert, outcomes, read_picture, table
-from models import load_checkpoint
-from prepare_data import EpisodeDataset, Mixture
+from models import InputError, load_checkpoint
+from prepare_data import EpisodeDataset, Mixture, Reject
 from test_prepare_data import content, error, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,6 +163,58 @@ def test_100_clips_killed_in_between_end_in_the_same_bytes(tmp_path):
     assert len(content(tmp_path / "one")) == 13
 
 
+def test_odd_commands_are_one_line(made, tmp_path):
+    libero, bridge = made("libero").root, made("bridge").root
+    (tmp_path / "excel.csv").write_bytes("file,instruction\nwhole.mp4,caf\u00e9\n".encode("cp1252"))
+    (tmp_path / "heading.csv").write_text("file,instruction\n")
+    (tmp_path / "null.json").write_text("null")
+    ssv2 = tmp_path / "ssv2"
+    (ssv2 / "labels").mkdir(parents=True)
+    (ssv2 / "labels" / "train.json").write_text("[[1, 2], null]")
+    for source, root, flags, words in (
+            ("bridge", bridge, ["--fraction", "10"], "--fraction 10"),
+            ("bridge", bridge, ["--cameras", "front,front"], "different names"),
+            ("libero", libero, ["--cameras", "top"], "agentview, wrist"),
+            ("videos", made("videos").root, ["--captions", str(tmp_path / "excel.csv")], "UTF-8"),
+            ("videos", made("videos").root, ["--captions", str(tmp_path / "heading.csv")], "no row"),
+            ("ssv2", ssv2, [], "has no id or no label"),
+            ("bridge", tmp_path / "null.json", [], "is not a whole zip")):
+        message = convert(source, root, tmp_path / "d", *flags)[1]
+        assert message and words in message and "\n" not in message, (source, flags, message)
+    assert not (tmp_path / "d").exists()
+
+
+def test_our_own_output_below_the_input_is_not_taken_for_input(made, tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a_demo.hdf5").write_bytes((made("libero").root / "quoted_demo.hdf5").read_bytes())
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        assert convert("libero", root, root / "out", *flags)[1] is None
+    assert names_of(root / "out") == ["a_demo.hdf5/demo_0"]
+
+
+def test_a_file_name_that_is_no_text_is_named_and_ends_nothing(made, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in (b"v\xe9.mp4", b"good.mp4"):
+        with open(os.path.join(os.fsencode(tmp_path), b"in", name), "wb") as f:
+            f.write((made("videos").root / "whole.mp4").read_bytes())
+    with pytest.raises(InputError, match="50 %"):
+        prepare_data.main(["videos", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "d"),
+                           "--workers", "1", "--image-size", "32"])
+    assert outcomes(tmp_path / "d") == {"good.mp4": "24 frames", "v\\udce9.mp4": "odd file name"}
+
+
+def test_a_cut_shard_is_named_when_the_run_goes_on(made, tmp_path):
+    convert("bridge", made("bridge").root, tmp_path / "d")
+    (tmp_path / "d" / "dataset.json").unlink()
+    (tmp_path / "d" / "00000.h5").write_bytes((tmp_path / "d" / "00000.h5").read_bytes()[:1000])
+    message = convert("bridge", made("bridge").root, tmp_path / "d", "--resume")[1]
+    assert "00000.h5 cannot be read" in message and "delete it" in message
+    (tmp_path / "d" / "00000.h5").unlink()
+    convert("bridge", made("bridge").root, tmp_path / "d", "--resume")
+    assert content(tmp_path / "d") == content(made("bridge").out)
+
+
 # ---- Something-Something v2 --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, head, words", [
@@ -223,32 +277,52 @@ def test_no_pickle_was_executed(made):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_data_unpickles_whatever_the_protocol(protocol):
-    import collections
-    data = {"state": np.arange(14.0).reshape(2,
-    7),
-    "float": np.float32(3),
-    "list": [1,
-    "a",
-    None,
-    True,
-    (2.5,
-    )],
-    "text": np.array(["a",
-    "b"]),
-    "bytes": b"\xff",
-    "order": collections.OrderedDict(a=1),
-    "fortran": np.asfortranarray(np.eye(3)),
-    "objects": np.array([{"a": 1},
-     None])}
+    rows = np.arange(14.0).reshape(2, 7)
+    data = {"rows": rows, "float": np.float32(3), "list": [1, "a", None, True, (2.5,)], "bytes": b"\xff",
+            "columns": np.asfortranarray(rows), "half": rows.astype(">f4"), "ints": rows.astype(np.int64),
+            "view": rows[:, ::2], "order": collections.OrderedDict(a=1), "text": np.array(["a"]),
+            "objects": np.array([{"a": 1}, None])}
     back = prepare_data.read_pickle(pickle.dumps(data, protocol), "x.pkl")
-    assert back.keys() == data.keys() and np.array_equal(back["state"], data["state"])
-    assert back["list"] == data["list"] and back["objects"][0] == {"a": 1} and back["bytes"] == b"\xff"
+    assert back.keys() == data.keys() and back["list"] == data["list"] and back["bytes"] == b"\xff"
+    for key in ("rows", "float", "columns", "half", "ints", "view"):
+        assert np.array_equal(prepare_data.as_array(back[key]), data[key]), key
+    assert np.array_equal(prepare_data.as_array([list(rows[0]), rows[1]]), rows)
+    for key in ("text", "objects"):                        # nobody asks for them; who does gets no array
+        with pytest.raises((ValueError, TypeError, LookupError)):
+            prepare_data.as_array(back[key])
 
 
 def test_pickles_of_old_numpy_load():
     """numpy.core became numpy._core in numpy 2: files written before name the old one."""
     data = pickle.dumps(np.arange(3.0), 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    assert np.array_equal(prepare_data.read_pickle(data, "x.pkl"), np.arange(3.0))
+    assert np.array_equal(prepare_data.as_array(prepare_data.read_pickle(data, "x.pkl")), np.arange(3.0))
+
+
+def test_a_pickle_cannot_make_numpy_read_where_it_likes():
+    """Bytes of an array of objects, overwritten through a second array: numpy would follow the pointer."""
+    ndarray = b"cnumpy\nndarray\n"
+    objects = ndarray + b"((K\x01tX\x01\x00\x00\x00OtRq\x01"                     # ndarray((1,), "O")
+    view = ndarray + b"((K\x08tX\x02\x00\x00\x00u1h\x01tRq\x02"                 # ndarray((8,), "u1", objects)
+    write = b"".join(b"K" + bytes([i]) + b"K\x41s" for i in range(8))               # view[i] = 0x41
+    with pytest.raises(Reject, match="damaged pickle"):
+        prepare_data.read_pickle(b"\x80\x02" + objects + b"0" + view + write + b"0h\x01.", "x.pkl")
+    back = prepare_data.read_pickle(b"\x80\x02" + objects + b".", "x.pkl")
+    with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
+        prepare_data.as_array(back)
+    before = np.zeros(1).__reduce_ex__(5)[0].__defaults__
+    build = b"\x80\x02cnumpy._core.numeric\n_frombuffer\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
+    prepare_data.read_pickle(build, "x.pkl")               # BUILD writes into what it is given: not numpy's
+    assert np.zeros(1).__reduce_ex__(5)[0].__defaults__ == before
+
+
+def test_a_dangling_link_is_one_reject(made, tmp_path):
+    for e, item in enumerate(made("bridge").items[:2]):
+        shutil.copytree(made("bridge").root / item.name, tmp_path / "in" / "raw" / "traj_group0" / f"traj{e}")
+    image = tmp_path / "in/raw/traj_group0/traj0/images0/im_5.jpg"
+    image.unlink()
+    image.symlink_to("nowhere")
+    convert("bridge", tmp_path / "in", tmp_path / "d")
+    assert sorted(outcomes(tmp_path / "d").values()) == ["14 frames", "unreadable"]
 
 
 def test_annotations_are_all_kept_and_cleaned(made):
@@ -293,6 +367,19 @@ def test_damage_inside_a_zip_is_named_by_the_member(made, tmp_path):
     assert "is not a whole zip" in message and not (tmp_path / "e").exists()
 
 
+def test_what_macos_adds_and_a_comment_are_no_trajectories(made, tmp_path):
+    path, name = tmp_path / "demos.zip", made("bridge").items[0].name
+    dirty_data.zip_tree(made("bridge").root, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"not the end PK\5\6 yet" + bytes(30)
+        archive.writestr(f"__MACOSX/{name}/._lang.txt", b"x")
+        archive.writestr(f"__MACOSX/{name}/lang.txt", b"x")
+    found = prepare_data.zip_trajectories(str(path))
+    assert name in found and len(found) == len(made("bridge").items) and not any("MACOSX" in n for n in found)
+    path.write_bytes(path.read_bytes()[:-7])
+    error(lambda: prepare_data.zip_trajectories(str(path)), "not a whole zip")
+
+
 def test_a_zip_of_more_than_4_gib_is_read(tmp_path):
     """zip64: offsets beyond 32 bits. The file is sparse, it takes no room."""
     path = tmp_path / "big.zip"
@@ -306,7 +393,7 @@ def test_a_zip_of_more_than_4_gib_is_read(tmp_path):
 
 
 def test_cameras_of_bridge_are_found_by_folder_or_by_name(made, tmp_path):
-    name = made("bridge").items[-1].name
+    name = next(item.name for item in made("bridge").items if item.dirt.startswith("a wrist camera"))
     for k, flag in enumerate(("front,wrist", "images1,front")):
         convert("bridge", made("bridge").root, tmp_path / str(k), "--cameras", flag)
         data = EpisodeDataset(tmp_path / str(k), 1)
@@ -468,6 +555,23 @@ def test_absolute_actions_hold_their_last_value(made, tmp_path):
     assert torch.equal(item["actions"][1], item["actions"][0]) and data.cameras == ["wrist"]
 
 
+def test_odd_lerobot_metadata_is_one_line(made, tmp_path):
+    root = tmp_path / "in"
+    for change, words in ((lambda info: {**info, "fps": 0}, "fps 0"),
+                          (lambda info: {**info, "fps": None}, "fps"),
+                          (lambda info: [info], "not as expected"),
+                          (lambda info: {**info, "features": {}}, "features"),
+                          (lambda info: {k: v for k, v in info.items() if k != "data_path"}, "data_path")):
+        shutil.copytree(made("lerobot").root / "meta", root / "meta", dirs_exist_ok=True)
+        info = json.loads((root / "meta" / "info.json").read_text())
+        (root / "meta" / "info.json").write_text(json.dumps(change(info)))
+        message = convert("lerobot", root, tmp_path / "d")[1]
+        assert words in message and "info.json" in message and "\n" not in message, message
+    shutil.copytree(made("lerobot").root / "meta", root / "meta", dirs_exist_ok=True)
+    (root / "meta/episodes/chunk-000/file-001.parquet").write_bytes(b"PAR1")
+    assert "file-001.parquet is not as expected" in convert("lerobot", root, tmp_path / "d")[1]
+
+
 def test_lerobot_input_errors(made, tmp_path, monkeypatch):
     root = made("lerobot").root
     message = convert("lerobot", root, tmp_path / "d", "--cameras", "top")[1]
@@ -568,6 +672,11 @@ def test_pretraining_on_a_mixture_resumes_to_the_bit(made, tmp_path, monkeypatch
     one, two = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "run"))
     assert all(torch.equal(one["policy"][k], two["policy"][k]) for k in one["policy"])
     assert [part["weight"] for part in one["data"]["mixture"]] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_limits_at_a_stride_that_some_episodes_are_shorter_than(made):
+    mix = Mixture([made("bridge").out], 1, strides=[13], split="all")
+    assert mix.limits("actions")["max"][0] == sum(range(13))
 
 
 def test_finetuning_on_two_datasets_of_one_robot(made, tmp_path):
