@@ -9,7 +9,7 @@
 The world model is thrown away and the policy's last layer is re-initialised (--head reinit, the paper's
 choice). The architecture comes from the checkpoint; further cameras and proprioception are added when the
 data have them; what is new is printed by name. Writes last.pt, metrics.jsonl and TensorBoard under --out.
-Default run, measured on two CPU cores: 5 minutes, 0.8 GB. On a GPU: not run.
+Default run, measured on two CPU cores: 4 to 5 minutes, 0.8 GB. On a GPU: not run.
 """
 import argparse
 import math
