@@ -253,6 +253,28 @@ def test_clips_are_cut_where_the_csv_says_and_stride_thins_them(made, tmp_path):
     assert data.fps == pytest.approx(10 / 3)
 
 
+@pytest.mark.parametrize("lands", [-3, 0, 4])
+def test_the_frames_times_decide_wherever_a_seek_lands(lands):
+    """A capture at 10 fps whose seeks land some frames early or late, as in odd files."""
+    class Capture:
+        at, shown = 0, None
+
+        def set(self, what, milliseconds):
+            self.at = max(0, round(milliseconds / 100) + (lands if milliseconds else 0))
+
+        def grab(self):
+            self.shown, self.at = self.at, self.at + 1
+            return self.shown < 60
+
+        def get(self, what):
+            return 100.0 * self.shown
+
+        def retrieve(self):
+            return True, self.shown
+    assert list(prepare_data.video_frames(Capture(), 10.0, 2.0, 3.0, 1)) == list(range(20, 30))
+    assert list(prepare_data.video_frames(Capture(), 10.0, 2.05, 3.0, 4)) == [21, 25, 29]
+
+
 @pytest.mark.parametrize("row, words", [("long.mp4,a,3,2", "0 <= start < end"), ("long.mp4,a,x,2", "'x'"),
                                         ("long.mp4,a,1,", "0 <= start < end"), ("long.mp4,a,0,inf", "'inf'"),
                                         ("longer.mp4,a,0,1", "no video 'longer.mp4'")])
