@@ -155,11 +155,14 @@ def walk(root):
     """os.walk that follows links, passes over datasets of ours, and hides no folder that it may not list."""
     def refused(error):
         raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable, or move it out")
-    seen = set()
+    seen = {os.path.realpath(root)}                  # a link back up, or a second one, is not a second copy
     for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
-        below[:] = [name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen
-                    and not os.path.exists(os.path.join(folder, name, "arguments.json"))]
-        seen.update(os.path.realpath(os.path.join(folder, name)) for name in below)
+        places = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(below)}
+        below.clear()
+        for name, place in places.items():
+            if place not in seen and not os.path.exists(os.path.join(place, "arguments.json")):
+                below.append(name)
+            seen.add(place)
         yield folder, below, names
 
 
@@ -229,7 +232,7 @@ def decode_image(data, size):
     """Bytes of a JPEG or PNG -> (H, W, 3) uint8 BGR, as large as it is or half that and at least `size`.
 
     A JPEG is drawn at half its size for half the time (a smaller inverse DCT; mean error 0.5 of 255). OpenCV
-    fills a file that was cut off with grey and says nothing: Reject unless the end marker is there.
+    fills what is missing with grey and says nothing: Reject a file without its end marker or with a hole.
     """
     jpeg = data[:2] == b"\xff\xd8"
     whole = (b"\xff\xd9" if jpeg else b"IEND") in data[-64:]
@@ -498,8 +501,9 @@ def tree_trajectories(root):
 
 def tree_files(folder):
     """Files of one trajectory -> {relative name: function that reads it}."""
-    names = [name for path, _, below in walk(folder) for name in
-             (os.path.relpath(os.path.join(path, file), folder).replace(os.sep, "/") for file in below)]
+    names = os.listdir(folder)
+    for images in [name for name in names if re.fullmatch(r"images\d+", name)]:
+        names += [f"{images}/{file}" for file in os.listdir(os.path.join(folder, images))]
     files = {name: os.path.join(folder, name) for name in names if BRIDGE_WANTED.fullmatch(name)}
     config = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(folder))), "config.json")
     if os.path.isfile(config):

@@ -184,6 +184,18 @@ def test_odd_commands_are_one_line(made, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_links_are_followed_once(made, tmp_path):
+    """A linked folder counts; a link back up, or a second one to the same place, makes no second copy."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "a.mp4").write_bytes((made("videos").root / "whole.mp4").read_bytes())
+    for name, target in (("one", "../else"), ("two", "../else"), ("up", "."), ("out", "..")):
+        (tmp_path / "in" / name).symlink_to(target)
+    found = [os.path.join(folder, name) for folder, _, names in prepare_data.walk(tmp_path / "in")
+             for name in names]
+    assert len(found) == 1 and found[0].endswith("a.mp4")
+
+
 def test_our_own_output_below_the_input_is_not_taken_for_input(made, tmp_path):
     root = tmp_path / "in"
     root.mkdir()
