@@ -1,36 +1,50 @@
-"""Success rates (Sec. IV): a finetuned policy on the table-top twin, beside controls from the same starts.
+"""Success rates (Sec. IV): a finetuned policy on the twin or on LIBERO, beside controls from the same starts.
 
-    python evaluate.py                                         # runs/finetune/last.pt, 30 episodes per task
+    python evaluate.py                                         # runs/finetune/last.pt on the twin, 30 starts
+    python evaluate.py --env libero_object                     # a LIBERO suite: 50 stored starts of each task
+    python evaluate.py --env libero_10 --protocol paper        # 10 trials per task, as in the paper
+    python evaluate.py --env libero_goal --tasks 0,3 --episodes 5 --first 10   # starts 10 to 14 of two tasks
     python evaluate.py --compare runs/scratch/last.pt          # from the same starts, McNemar's exact test
     python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: what can be reached
     python evaluate.py --resume                                # go on where a stopped run stood, same result
     python evaluate.py --video 3                               # mp4 of the first 3 episodes of every task
     python evaluate.py --smoke                                 # two short episodes per task
 
-Every episode starts from a seed that no training episode has. Success of the same (policy, task, seed) is the
-same in any order and in any process, so two policies meet on equal terms. Writes, under --out:
+No training episode has any of these starts. Success of the same (policy, task, start) is the same in any
+order, in any process and with any number of them, so two policies meet on equal terms. Writes, under --out:
 
-    episodes.jsonl   one line per finished episode, at once: a stopped run loses at most the episode it was in
+    episodes.jsonl   one line per finished episode, at once: a stopped run loses at most the running episodes
     results.json     successes per task, Wilson and Clopper-Pearson intervals, settings, versions, file hash
-    videos/          task_seed_success.mp4 or task_seed_failure.mp4
+    videos/          task_start_success.mp4 or task_start_failure.mp4
+
+Processes: --workers of them simulate and draw, each one episode at a time, and ask this one for actions. It
+answers all who wait in one forward pass. A worker that resets or builds a scene keeps nobody waiting.
+
+LIBERO's protocol, --protocol full, is the one that most of the field uses: all 50 stored initial states of
+each task, 10 steps in which things settle, at most 220 / 280 / 300 / 520 / 400 steps (spatial, object, goal,
+10, 90), the last checkpoint. Its meshes: --libero-assets, else $LIBERO_ASSETS, else libero's own download.
 
 What the numbers cannot say: the intervals hold for new starts of *this* checkpoint. Training it again with
 another --seed moves its success too; a claim about a method needs several checkpoints. Take the last
 checkpoint, not the best of many on these starts.
-
-Measured on one CPU core with the tiny policy (64 pixels, two cameras): 8 ms per look, 10 ms per step of the
-twin with both cameras, 2 ms without. The default run, 90 episodes and 180 of the controls: 2.7 min, 1 GB.
 """
 import argparse
 import bisect
+import collections
+import functools
+import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import re
+import signal
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import cv2
 import numpy as np
@@ -38,9 +52,13 @@ import torch
 from scipy.stats import binom, binomtest
 from tqdm import tqdm
 
-from models import (ActionChunker, InputError, TextEncoder, file_hash, load_policy, pick_device, provenance,
-                    run, write_atomically)
-from robot import CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, TASKS, Expert, TwinEnv
+from models import (ActionChunker, InputError, TextEncoder, at_least, file_hash, load_policy, pick_device,
+                    provenance, run, write_atomically)
+from prepare_data import (LIBERO_CAMERAS, LIBERO_HZ, close_simulator, import_libero, libero_image,
+                          libero_instructions, libero_observation, libero_simulator, reset_simulator,
+                          show_state)
+from robot import CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, PROPRIO_DIM, TASKS, Expert, TwinEnv
+from robot import CAMERAS as TWIN_CAMERAS
 
 SMOKE = dict(episodes=2, max_steps=20, video=1)
 
@@ -48,170 +66,458 @@ SMOKE = dict(episodes=2, max_steps=20, video=1)
 # ---- environments ----------------------------------------------------------------------------------------
 
 
+class Task(NamedTuple):
+    wordings: tuple         # of its instruction; the first is the usual one
+    max_steps: int
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """What is asked of an environment, besides reset(task, seed), step(action), max_steps and close()."""
-    make: Callable          # (cameras, image_size, spread) -> environment; cameras = () renders nothing
-    tasks: dict             # name -> Task with .instruction and .max_steps
-    cameras: tuple          # those that a film shows
-    expert: Callable        # (environment after reset, seed) -> object with .act() -> (7,)
+    """What is asked of an environment, besides reset(task, start), step(action, look), render(camera, size),
+    max_steps and close(). A benchmark goes to every worker, so it can be pickled."""
+    make: Callable          # (cameras, image_size) -> environment; cameras = () renders nothing
+    tasks: dict             # name -> Task
+    cameras: tuple          # all that there are
+    proprio_dim: int
     still: np.ndarray       # (7,) the action that does nothing
     low: np.ndarray         # (7,) limits between which the random control draws
     high: np.ndarray
-    first_seed: int         # evaluation starts are seeds from here on, training never uses them
+    starts: range           # those there are, for every task; training never uses them
+    episodes: dict          # protocol -> episodes per task
     hz: int
-    version: str
+    about: dict             # versions and settings, stored with every episode: others are not mixed in
+    expert: Callable | None = None      # (environment after reset, start) -> object with .act() -> (7,)
 
 
-LIMIT = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
-ENVIRONMENTS = {"twin": Benchmark(
-    make=lambda cameras, image_size, spread: TwinEnv(image_size=image_size, cameras=cameras, spread=spread),
-    tasks=TASKS, cameras=("front", "side"), expert=Expert, still=np.array([0, 0, 0, 0, 0, 0, 1.0]),
-    low=np.append(-LIMIT, 0.0), high=np.append(LIMIT, 1.0), first_seed=EVAL_SEED0, hz=CONTROL_HZ,
-    version=f"mujoco {version('mujoco')}")}
+def twin_benchmark(args, trained):
+    """The table-top twin of robot.py. trained: the `data` of the checkpoint, {} for a control."""
+    spread = (trained.get("extra") or {}).get("spread", 1.0) if args.spread is None else args.spread
+    limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
+    return Benchmark(
+        make=functools.partial(make_twin, spread), tasks={k: Task((t.instruction,), t.max_steps)
+                                                          for k, t in TASKS.items()},
+        cameras=tuple(TWIN_CAMERAS), proprio_dim=PROPRIO_DIM, still=np.array([0, 0, 0, 0, 0, 0, 1.0]),
+        low=np.append(-limit, 0.0), high=np.append(limit, 1.0), starts=range(EVAL_SEED0, 2 ** 31),
+        episodes={"full": 30, "paper": 10}, hz=CONTROL_HZ, expert=Expert,
+        about={"spread": spread, "mujoco": version("mujoco")})
+
+
+def make_twin(spread, cameras, image_size):
+    return TwinEnv(image_size=image_size, cameras=cameras, spread=spread)
+
+
+# openvla's and openpi's limits; the release: 300 for all (which cuts Long short), LIBERO itself: 600.
+LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+                "libero_90": 400}
+LIBERO_SETTLE = 10                                              # steps; the release: 5
+LIBERO_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])               # -1: the gripper stays open
+
+
+class LiberoEnv:
+    """The real LIBERO behind the contract of every environment here: reset, step, render, close.
+
+    Start k is the stored initial state k of a task. images {"agentview", "wrist"}, upright; proprio (8,):
+    hand's position (m), rotation vector (rad), fingers (m); action (7,) in [-1, 1], gripper +1 = close.
+    """
+
+    def __init__(self, suite, assets, seed, cameras, image_size):
+        self.suite, self.assets, self.seed = suite, assets, seed
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self.root = Path(import_libero(assets).__file__).parent
+        self.max_steps = LIBERO_STEPS[suite]
+
+    def reset(self, task, start):
+        """Starts an episode from a stored state, after LIBERO_SETTLE steps of doing nothing. -> obs"""
+        return self.begin(task, stored_states(self.root, self.suite, task)[start], [self.seed, start],
+                          settle=LIBERO_SETTLE)
+
+    def begin(self, task, state, seed, place=None, settle=0):
+        """Starts an episode from a flattened state (S,). The furniture, which is no part of it, is placed by
+        the seed, or by place(simulator). -> obs"""
+        self.sim, self.steps = libero_simulator(str(self.root / "bddl_files" / self.suite / f"{task}.bddl"),
+                                                self.assets), 0
+        reset_simulator(self.sim, seed)
+        if place:
+            place(self.sim)
+        show_state(self.sim, state)
+        for _ in range(settle):
+            self.sim.step(LIBERO_STILL)
+        return self.observe()
+
+    def step(self, action, look=True):
+        """One control step of 1/20 s. -> obs (None unless look: drawing is what costs), done, success
+
+        done = success or max_steps reached. ValueError: not 7 finite numbers
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != LIBERO_STILL.shape or not np.isfinite(action).all():
+            raise ValueError(f"an action is {len(LIBERO_STILL)} finite numbers, got {action}")
+        _, _, success, _ = self.sim.step(action)
+        self.steps += 1
+        return self.observe() if look else None, bool(success) or self.steps >= self.max_steps, bool(success)
+
+    def observe(self):
+        images, proprio = libero_observation(self.sim, self.cameras, self.image_size)
+        return {"images": images, "proprio": proprio.astype(np.float32)}
+
+    def render(self, camera, image_size):
+        """(H, W, 3) uint8 RGB, upright."""
+        return libero_image(self.sim, camera, image_size)
+
+    def close(self):
+        close_simulator()
+
+
+def stored_states(root, suite, task):
+    """LIBERO's own initial states of a task -> (50, S). Unpickled with numpy's arrays admitted, no more."""
+    array = np.zeros(1)
+    rebuild = array.__reduce__()[0]
+    admitted = [(rebuild, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype, type(array.dtype)]
+    with torch.serialization.safe_globals(admitted):
+        return np.asarray(torch.load(root / "init_files" / suite / f"{task}.pruned_init", weights_only=True))
+
+
+def libero_benchmark(suite, args, trained):
+    """A suite of LIBERO. trained: unused, a suite has no setting that the data would know."""
+    root = Path(import_libero(args.libero_assets).__file__).parent
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+    tasks = {}
+    for name in libero_task_map[suite]:
+        bddl = (root / "bddl_files" / suite / f"{name}.bddl").read_text()
+        language = re.search(r"\(:language ([^)]*)\)", bddl)[1].strip().lower()      # as LIBERO's own reader
+        info = {"problem_info": json.dumps({"language_instruction": language})}
+        tasks[name] = Task(tuple(libero_instructions(info, f"{name}.hdf5")), LIBERO_STEPS[suite])
+    return Benchmark(
+        make=functools.partial(LiberoEnv, suite, args.libero_assets, args.seed), tasks=tasks,
+        cameras=tuple(LIBERO_CAMERAS), proprio_dim=8, still=LIBERO_STILL, low=-np.ones(7), high=np.ones(7),
+        starts=range(50), episodes={"full": 50, "paper": 10}, hz=LIBERO_HZ,
+        about={"settle": LIBERO_SETTLE, **{p: version(p) for p in ("libero", "robosuite", "mujoco")},
+               "assets": folder_hash(import_libero(args.libero_assets).get_assets_path())})
+
+
+def folder_hash(folder):
+    """8 hex digits of names and sizes of all files: tells LIBERO's own meshes from stand-ins."""
+    sizes = sorted((str(path.relative_to(folder)), path.stat().st_size)
+                   for path in Path(folder).rglob("*") if path.is_file())
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
+
+
+ENVIRONMENTS = {"twin": twin_benchmark,             # name -> (args, data of the checkpoint) -> Benchmark
+                **{suite: functools.partial(libero_benchmark, suite) for suite in LIBERO_STEPS}}
 
 
 # ---- arms: what is evaluated -----------------------------------------------------------------------------
 
 
+CONTROLS = ("noop", "random", "expert")
+
+
 @dataclass
 class Arm:
-    """A policy or a control. policy_for(env, task, seed) -> policy_fn(obs) -> chunk (n, 7), per episode."""
+    """A policy or a control. Controls act in the worker; a policy's looks come from there to chunks()."""
     key: str                        # in the files: hash of the checkpoint, or name of the control
     label: str                      # on the screen
-    policy_for: Callable
-    chunk: int = 1
-    cameras: tuple = ()
-    image_size: int = 64
-    checkpoint: dict | None = None
+    policy: torch.nn.Module | None = None
+    checkpoint: dict = field(default_factory=dict)
+    rows: int = 1                   # of a forward pass
+    device: str = "cpu"
+    seconds: float = 0.0            # spent in chunks(), on `looks` observations
+    looks: int = 0
+
+    @property
+    def data(self):
+        return self.checkpoint.get("data", {})
+
+    def learn(self, bench):
+        """Embed each task's instruction, in the wording that the policy was trained on."""
+        if self.policy:
+            embed = TextEncoder(self.checkpoint["text_encoder"])
+            self.instructions = {name: embed([wording(task, self.data["instructions"])])[0]          # (L,)
+                                 for name, task in bench.tasks.items()}
+
+    def chunks(self, asked):
+        """[(task, obs)] of all who wait -> [(n, 7)], in forward passes of exactly `rows` rows, the last one
+        repeated: which kernels run, and so the last bits of a row, follow from the shape of a batch, and an
+        episode must not depend on how many others ask at the same time (see knows_company)."""
+        clock, chunks = time.perf_counter(), []
+        for i in range(0, len(asked), self.rows):
+            some = asked[i:i + self.rows]
+            full = some + some[-1:] * (self.rows - len(some))
+            batch = to_batch([obs for _, obs in full], [self.instructions[task] for task, _ in full],
+                             self.policy, self.device)
+            chunks += list(self.policy.act(batch)[:len(some)].cpu().numpy())                     # (n, 7) each
+        self.seconds += time.perf_counter() - clock
+        self.looks += len(asked)
+        return chunks
 
 
-def make_control(name, bench):
-    """noop does nothing, random draws uniform actions from (seed, task) alone, expert is the scripted one."""
-    def noop(env, task, seed):
-        return lambda obs: bench.still[None]
-
-    def uniform(env, task, seed):
-        rng = np.random.default_rng([seed, list(bench.tasks).index(task), 7])
-        return lambda obs: rng.uniform(bench.low, bench.high)[None]
-
-    def expert(env, task, seed):
-        script = None
-
-        def policy_fn(obs):
-            nonlocal script
-            script = script or bench.expert(env, seed)  # at the first look: it plans from the start it finds
-            return script.act()[None]
-
-        return policy_fn
-
-    return Arm(name, name, {"noop": noop, "random": uniform, "expert": expert}[name])
+    def knows_company(self, bench):
+        """Whether the rows of a pass change when their order does. Nothing forbids a kernel that; those of
+        the usual sizes do not."""
+        rng, size = np.random.default_rng(0), self.policy.config["image_size"]
+        asked = [(next(iter(bench.tasks)), {
+            "images": {c: rng.integers(0, 256, (size, size, 3), np.uint8) for c in self.policy.cameras},
+            "proprio": rng.normal(size=bench.proprio_dim)}) for _ in range(self.rows)]
+        one, other = self.chunks(asked), self.chunks(asked[::-1])[::-1]
+        self.seconds = self.looks = 0
+        return not np.array_equal(one, other)
 
 
-def to_batch(obs, instruction, policy, device):
-    """One observation of an environment -> a batch of one, with only what the policy was made for.
-
-    obs {"images": {camera: (H, W, 3) uint8}, "proprio": (P,)}, instruction (L,) embedding.
-    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95).
-    """
-    def tensor(x):
-        return torch.from_numpy(np.ascontiguousarray(x))[None].to(device)
-
-    images = {c: tensor(x).permute(0, 3, 1, 2) for c, x in obs["images"].items() if c in policy.cameras}
-    batch = {"images": images, "instruction": tensor(instruction)}                    # (1, 3, H, W), (1, L)
-    if policy.config["proprio_dim"]:
-        batch["proprio"] = tensor(np.asarray(obs["proprio"], np.float32))             # (1, P)
-    return batch
+def wording(task, known):
+    """The first of a task's wordings that is known, else its usual one."""
+    return next((text for text in task.wordings if text in known), task.wordings[0])
 
 
-def make_arm(what, bench, device):
+def make_arm(what, rows, device):
     """what: path of a finetuned checkpoint, or noop, random, expert."""
-    if what in ("noop", "random", "expert"):
-        return make_control(what, bench)
+    if what in CONTROLS:
+        return Arm(what, what)
     policy, checkpoint = load_policy(what, device)
     if policy.config["head"] == "latent":
         raise InputError(f"{what} is pretrained: it emits latent actions; finetune it first: "
                          f"python finetune.py --init {what}")
-    if policy.config["action_dim"] != len(bench.still):
-        raise InputError(f"{what} emits {policy.config['action_dim']} numbers per action, "
-                         f"the environment takes {len(bench.still)}: give a checkpoint that was finetuned on "
-                         "this robot's data")
-    embed = TextEncoder(checkpoint["text_encoder"])
+    return Arm(file_hash(what), str(what), policy, checkpoint, rows, device)
 
-    def policy_for(env, task, seed):
-        instruction = embed([bench.tasks[task].instruction])[0]                       # (L,)
-        return lambda obs: policy.act(to_batch(obs, instruction, policy, device))[0].cpu().numpy()   # (n, 7)
 
-    return Arm(file_hash(what), str(what), policy_for, policy.chunk, tuple(policy.cameras),
-               policy.config["image_size"], checkpoint)
+def check_arm(arm, bench, name):
+    """InputError for a policy that this environment cannot feed, or whose actions it cannot take."""
+    if arm.key == "expert" and not bench.expert:
+        raise InputError(f"{name} has no scripted expert: it is the twin's (--env twin)")
+    if not arm.policy:
+        return
+    config = arm.policy.config
+    for what, has, takes in (("numbers per action", config["action_dim"], len(bench.still)),
+                             ("numbers of proprioception", config["proprio_dim"] or bench.proprio_dim,
+                              bench.proprio_dim)):
+        if has != takes:
+            raise InputError(f"{arm.label} was finetuned with {has} {what}, {name} has {takes}: give a "
+                             "checkpoint that was finetuned on this robot's data")
+    if not set(arm.policy.cameras) <= set(bench.cameras):
+        raise InputError(f"{arm.label} looks through {', '.join(arm.policy.cameras)}, {name} has "
+                         f"{', '.join(bench.cameras)}: give a checkpoint that was finetuned on its data")
+    # An action must span one step of the environment.
+    for part in arm.data.get("mixture") or ():
+        rate = part["fps"] / part["stride"]
+        if not 0.95 < rate / bench.hz < 1.05:
+            raise InputError(f"{arm.label} was finetuned on actions of {rate:g} Hz ({part['path']}, stride "
+                             f"{part['stride']}), this environment steps at {bench.hz:g} Hz: finetune with "
+                             "data or --strides of that rate")
+
+
+def to_batch(observations, instructions, policy, device):
+    """Observations of environments -> a batch, with only what the policy was made for.
+
+    observations [{"images": {camera: (H, W, 3) uint8}, "proprio": (P,)}], instructions [(L,) embedding].
+    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95).
+    """
+    def tensor(rows):
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    images = {c: tensor([o["images"][c] for o in observations]).permute(0, 3, 1, 2)   # (B, 3, H, W)
+              for c in policy.cameras if all(c in o["images"] for o in observations)}
+    batch = {"images": images, "instruction": tensor(instructions)}                   # (B, L)
+    if policy.config["proprio_dim"]:
+        batch["proprio"] = tensor([np.asarray(o["proprio"], np.float32) for o in observations])      # (B, P)
+    return batch
+
+
+def control(name, bench, env, task, start, seed):
+    """policy_fn(obs) -> (1, 7) for an episode: noop does nothing, random draws uniform actions from (seed,
+    start, task) alone, expert is the scripted one."""
+    rng, script = np.random.default_rng([seed, start, list(bench.tasks).index(task), 7]), None
+
+    def expert(obs):
+        nonlocal script
+        script = script or bench.expert(env, start)    # at the first look: it plans from the start it finds
+        return script.act()[None]
+
+    return {"noop": lambda obs: bench.still[None], "expert": expert,
+            "random": lambda obs: rng.uniform(bench.low, bench.high)[None]}[name]
 
 
 # ---- one episode -----------------------------------------------------------------------------------------
 
 
-def rollout(env, policy_fn, chunker, task, seed, max_steps=None, on_action=None):
-    """One episode: obs -> chunk -> action -> step, in every environment and on the real arm -> success, steps
+def rollout(env, policy_fn, chunker, task, start, max_steps=None, film=None):
+    """One episode: obs -> chunk -> action -> step, in every environment and on the real arm.
+    -> success, actions (T, 7) that were executed
 
     policy_fn(obs) -> (n, 7) is asked only when the chunker needs a new chunk, always with the newest o_t.
     """
     chunker.reset()
-    obs = env.reset(task, seed)
-    for step in range(1, (max_steps or env.max_steps) + 1):
-        action = chunker.step(lambda: policy_fn(obs))                                 # (7,)
-        obs, done, success = env.step(action)
-        if on_action:
-            on_action(action)
+    obs, actions = env.reset(task, start), []
+    if film:
+        film.add()
+    for _ in range(max_steps or env.max_steps):
+        actions.append(chunker.step(lambda: policy_fn(obs)))                          # (7,)
+        obs, done, success = env.step(actions[-1], look=chunker.asks)
+        if film:
+            film.add()
         if done:
             break
-    return bool(success), step
+    return bool(success), np.array(actions)
 
 
 class Film:
-    """Films an episode larger than the policy sees it: a second environment, same start, same actions."""
+    """Films an episode larger than the policy sees it."""
 
-    def __init__(self, bench, spread, seeds, size=256):
-        self.bench, self.seeds, self.env = bench, seeds, bench.make(bench.cameras, size, spread)
+    def __init__(self, env, cameras, hz, size=256):
+        self.env, self.cameras, self.hz, self.size, self.frames = env, cameras, hz, size, []
 
-    def start(self, task, seed):
-        self.frames, self.success = [], False
-        self.add(self.env.reset(task, seed))
+    def add(self):
+        self.frames.append(np.concatenate([self.env.render(c, self.size) for c in self.cameras], 1))
 
-    def add(self, obs):
-        self.frames.append(np.concatenate(
-            [obs["images"][c] for c in self.bench.cameras], 1))                       # (H, cameras * W, 3)
-
-    def __call__(self, action):
-        obs, _, self.success = self.env.step(action)
-        self.add(obs)
-
-    def write(self, folder, task, seed, instruction, success):
-        """folder/task_seed_success.mp4, or ..._failure.mp4, with instruction and outcome on every frame."""
-        assert self.success == success, f"{task} {seed}: the filmed repetition ended differently"
+    def write(self, folder, name, instruction, success):
+        """folder/name_success.mp4, or name_failure.mp4, with instruction and outcome on every frame."""
         outcome = "success" if success else "failure"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{task}_{seed}_{outcome}.mp4"
+        path = folder / f"{name}_{outcome}.mp4"
         partial = folder / f"partial_{path.name}"
-        height, width = self.frames[0].shape[:2]
+        height, width = self.frames[0].shape[:2]                                      # (H, cameras * W, 3)
         lines = textwrap.wrap(f"{instruction} [{outcome}]", width // 8)
         strip = np.full((16 * len(lines) + 8, width, 3), 255, np.uint8)
         for i, line in enumerate(lines):
             cv2.putText(strip, line, (6, 16 * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1,
                         cv2.LINE_AA)
         codec, size = cv2.VideoWriter_fourcc(*"mp4v"), (width, height + len(strip))
-        video = cv2.VideoWriter(str(partial), codec, self.bench.hz, size)
+        video = cv2.VideoWriter(str(partial), codec, self.hz, size)
         if not video.isOpened():
             raise InputError(f"OpenCV cannot write {partial}: leave out --video, or choose another --out")
-        for frame in self.frames + self.frames[-1:] * (self.bench.hz // 2):           # the end stays 0.5 s
+        for frame in self.frames + self.frames[-1:] * (self.hz // 2):                 # the end stays 0.5 s
             video.write(np.concatenate([strip, frame[..., ::-1]]))
         video.release()
         os.replace(partial, path)
+
+
+class Job(NamedTuple):
+    """An episode to be played, with all that its outcome depends on, and where to put its film."""
+    arm: str
+    task: str
+    start: int
+    seed: int
+    chunk: int
+    execute: int | None
+    decay: float
+    max_steps: int | None
+    cameras: tuple
+    image_size: int
+    film: str | None
+
+
+def play(bench, envs, job, ask):
+    """One episode -> its line for episodes.jsonl. ask(obs) -> (n, 7) is the policy, for all but controls.
+    envs: {(cameras, image_size): environment} of this process."""
+    clock, view = time.perf_counter(), (job.cameras, job.image_size)
+    if view not in envs:
+        envs[view] = bench.make(*view)
+    env = envs[view]
+    if job.arm in CONTROLS:
+        ask = control(job.arm, bench, env, job.task, job.start, job.seed)
+    film = Film(env, bench.cameras, bench.hz) if job.film else None
+    success, actions = rollout(env, ask, ActionChunker(job.chunk, job.execute, job.decay), job.task,
+                               job.start, job.max_steps, film)
+    if film:
+        film.write(Path(job.film), f"{job.task}_{job.start}", bench.tasks[job.task].wordings[0], success)
+    return {"arm": job.arm, "task": job.task, "start": job.start, "success": success, "steps": len(actions),
+            "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8],    # equal: the same to the last bit
+            "seconds": round(time.perf_counter() - clock, 3)}
+
+
+# ---- many episodes, in many processes --------------------------------------------------------------------
+
+
+def work(link, bench):
+    """A worker process: plays the jobs that come through `link`, and asks there for chunks of actions."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which then closes the link
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    envs = {}
+
+    def ask(obs):
+        link.send(("look", obs))
+        return link.recv()
+
+    try:
+        while job := link.recv():
+            link.send(("end", play(bench, envs, job, ask)))
+    except InputError as e:
+        link.send(("error", str(e)))
+    except (EOFError, ConnectionError):                 # the parent is gone
+        pass
+    finally:
+        for env in envs.values():
+            env.close()
+
+
+def take(jobs, mine, others):
+    """The next job for a worker: of the task whose scene it has, else of one that no other worker has."""
+    for wanted in (lambda job: job.task == mine, lambda job: job.task not in others, lambda job: True):
+        for i, job in enumerate(jobs):
+            if wanted(job):
+                return jobs.pop(i)
+
+
+def play_all(jobs, arms, bench, workers):
+    """Plays the jobs, in some order; yields the line of each episode when it ends.
+
+    workers = 0: in this process, one after the other. A worker that dies ends the run, with what it played.
+    """
+    jobs = list(jobs)
+    if not workers:
+        envs = {}
+        for job in jobs:
+            yield play(bench, envs, job, lambda obs: arms[job.arm].chunks([(job.task, obs)])[0])
+        for env in envs.values():
+            env.close()
+        return
+    context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and torch's threads
+    playing, processes = {}, {}                         # link -> job, process
+    try:
+        for _ in range(min(workers, len(jobs))):
+            link, far = context.Pipe()
+            processes[link] = context.Process(target=work, args=(far, bench), daemon=True)
+            processes[link].start()
+            far.close()                                 # the worker has its own: its end is then seen here
+            playing[link] = take(jobs, None, {job.task for job in playing.values()})
+            link.send(playing[link])
+        while playing:
+            asked = collections.defaultdict(list)       # arm -> [(link, task, obs)]
+            for link in multiprocessing.connection.wait(list(playing)):
+                job = playing[link]
+                try:
+                    kind, what = link.recv()
+                except (EOFError, ConnectionError):
+                    processes[link].join(5)
+                    raise InputError(f"a worker died in {job.task}, start {job.start} (exit status "
+                                     f"{processes[link].exitcode}; -9: killed, mostly for memory): finished "
+                                     "episodes are kept; fewer --workers, and --resume") from None
+                if kind == "error":
+                    raise InputError(what)
+                if kind == "look":
+                    asked[job.arm].append((link, job.task, what))
+                    continue
+                del playing[link]
+                following = take(jobs, job.task, {other.task for other in playing.values()})
+                if following:
+                    playing[link] = following
+                link.send(following)                    # None: no more
+                yield what
+            for arm, looks in asked.items():
+                for (link, *_), chunk in zip(looks, arms[arm].chunks([look[1:] for look in looks])):
+                    link.send(chunk)
+    finally:
+        for link, process in processes.items():
+            link.close()
+        for process in processes.values():
+            process.join(10)                            # they end when their link is closed
+            process.terminate()
 
 
 # ---- finished episodes on disk ---------------------------------------------------------------------------
 
 
 def open_results(out, args, settings, keys):
-    """-> {(arm, task, seed): line} of the episodes in out/episodes.jsonl, which need not be run again."""
+    """-> {(arm, task, start): line} of the episodes in out/episodes.jsonl, which need not be run again."""
     path = out / "episodes.jsonl"
     if args.overwrite:
         for old in [path, out / "results.json", *(out / "videos").glob("*.mp4")]:
@@ -231,7 +537,7 @@ def open_results(out, args, settings, keys):
     for number, text in enumerate(whole.decode().splitlines(), 1):
         try:
             line = json.loads(text)
-            key, made_with = (line["arm"], line["task"], line["seed"]), line["settings"]
+            key, made_with = (line["arm"], line["task"], line["start"]), line["settings"]
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path} line {number} is no episode: --overwrite, or another --out") from e
         for name, value in settings.items():
@@ -239,7 +545,7 @@ def open_results(out, args, settings, keys):
                 raise InputError(f"{path} line {number} was made with {name} {made_with.get(name)}, "
                                  f"now it is {value}: give the same flags to --resume, or --overwrite, "
                                  "or another --out")
-        if line["arm"] not in (*keys, "noop", "random", "expert"):
+        if line["arm"] not in (*keys, *CONTROLS):
             raise InputError(f"{path} line {number} is of checkpoint {line['arm']}, now it is "
                              f"{', '.join(keys)}: give the same checkpoints to --resume, or --overwrite, "
                              "or another --out")
@@ -304,19 +610,19 @@ def detectable_difference(n, discordant):
     return k / n if k <= n else None
 
 
-def summarise(arm, tasks, seeds, done):
+def summarise(arm, tasks, starts, done):
     """Per task and overall: counts, intervals, mean steps of the successes, outcome of every episode."""
     summary = {"label": arm.label, "tasks": {}}
     for task in tasks:
-        lines = [done[arm.key, task, seed] for seed in seeds]
+        lines = [done[arm.key, task, start] for start in starts]
         steps = [line["steps"] for line in lines if line["success"]]
         summary["tasks"][task] = rate_with_intervals(len(steps), len(lines)) | {
             "mean_steps_of_successes": float(np.mean(steps)) if steps else None,
-            "episodes": [{k: line[k] for k in ("seed", "success", "steps")} for line in lines]}
+            "episodes": [{k: line[k] for k in ("start", "success", "steps", "actions")} for line in lines]}
     successes = sum(t["successes"] for t in summary["tasks"].values())
-    summary["overall"] = rate_with_intervals(successes, len(tasks) * len(seeds))
+    summary["overall"] = rate_with_intervals(successes, len(tasks) * len(starts))
     summary["seconds_per_episode"] = float(np.mean([done[arm.key, t, s]["seconds"]
-                                                    for t in tasks for s in seeds]))
+                                                    for t in tasks for s in starts]))
     return summary
 
 
@@ -329,9 +635,40 @@ def table(arms):
             steps = r.get("mean_steps_of_successes")
             rows.append((arm["label"], task, f"{r['successes']}/{r['n']}", f"{100 * r['rate']:.0f} %",
                          f"[{100 * low:.0f}, {100 * high:.0f}]", f"{steps:.0f}" if steps else ""))
+    return markdown(rows)
+
+
+def markdown(rows):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, tuple("-" * w for w in widths))
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows)
+    rows = [rows[0], tuple("-" * w for w in widths), *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+# Success in per cent as published (Tharwat et al. 2025, Table I and Sec. IV): theirs, one training seed, 10
+# trials per task, on LIBERO's own demonstrations. None: not at hand when this was written.
+PAPER = (("paper: BAKU from scratch", 94, 100, 96, 92, 91.4),
+         ("paper: BAKU, supervised pretraining", None, None, None, None, 93.3),
+         ("paper: LAWM, BAKU", 99, None, None, 94, 94.2),
+         ("paper: Diffusion Policy from scratch", None, None, None, None, 90.5),
+         ("paper: LAWM, Diffusion Policy", None, None, None, None, 93.7))
+
+
+def paper_table(out, arm):
+    """The paper's rows, marked as theirs, and ours, from the results of all suites that stand beside `out`.
+    A suite of which only some tasks were run says so."""
+    cells = []
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"):
+        cells.append("not run")     # or not as the protocol says: shortened episodes
+        for path in sorted({out / "results.json", out.parent / f"eval_{suite}" / "results.json"}):
+            results = json.loads(path.read_text()) if path.exists() else {}
+            settings = results.get("settings", {"max_steps": 0})
+            if settings["max_steps"] is None and settings["env"] == suite and arm.key in results["arms"]:
+                ours, (done, there) = results["arms"][arm.key]["overall"], results["tasks"]
+                low, high = (100 * x for x in ours["wilson"])
+                part = "" if done == there else f" ({done} of {there} tasks)"
+                cells[-1] = f"{100 * ours['rate']:.1f} [{low:.0f}, {high:.0f}], n {ours['n']}{part}"
+    theirs = [(name, *("–" if x is None else f"{x:g}" for x in rates)) for name, *rates in PAPER]
+    return markdown([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, (arm.label, *cells)])
 
 
 def print_comparison(args, c):
@@ -358,22 +695,30 @@ def arguments(argv):
     g.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                    help="also run the do-nothing and the random policy from the same starts (default on)")
     g = p.add_argument_group("starts")
-    g.add_argument("--tasks",
-                   help="comma-separated (default: those whose instruction the policy was trained on)")
-    g.add_argument("--episodes", type=int, default=30,
-                   help="per task; paper 10 on each LIBERO task (default %(default)s)")
-    g.add_argument("--spread", type=float,
-                   help="width of the start regions, 1 = full, 0 = fixed (default: the training data's)")
-    g.add_argument("--seed", type=int, default=0,
-                   help="offset of the start seeds, 0 or more (default %(default)s)")
+    g.add_argument("--protocol", choices=("full", "paper"), default="full", help="episodes per task: full 50 "
+                   "on LIBERO, all its stored states, and 30 on the twin; paper 10 (default %(default)s)")
+    g.add_argument("--tasks", help="comma-separated names or numbers from 0 (default: those whose "
+                   "instruction the policy was trained on)")
+    g.add_argument("--episodes", type=int, help="per task (default: the protocol's)")
+    g.add_argument("--first", type=int, default=0, metavar="K", help="number of the first start (LIBERO: of "
+                   "its 50 stored states; default %(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="of all else that is random: LIBERO's furniture, the "
+                   "random control (default %(default)s)")
     g.add_argument("--max-steps", type=int,
                    help="control steps per episode (default: the task's own, which is also the most)")
+    g.add_argument("--spread", type=float, help="twin: width of the start regions, 1 = full, 0 = fixed "
+                   "(default: the training data's)")
+    g.add_argument("--libero-assets", metavar="FOLDER", help="LIBERO's meshes and textures (default: "
+                   "$LIBERO_ASSETS, else the package's own, else its download)")
     g = p.add_argument_group("chunk execution")
-    g.add_argument("--execute", type=int, metavar="H", help="execute H actions of a chunk, then look again "
-                   "(default: look at every step and average the live chunks, temporal ensembling)")
+    g.add_argument("--execute", type=int, metavar="H", help="execute H actions of a chunk, then look again; "
+                   "nothing is drawn in between (default: look at every step and average the live chunks, "
+                   "temporal ensembling, as the paper does)")
     g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
                    "i = 0 for the oldest chunk; release 0, a plain mean (default %(default)s)")
     g = p.add_argument_group("run")
+    g.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes that simulate and "
+                   "draw; 0 = none but this one. No outcome depends on it (default: the cores, %(default)s)")
     g.add_argument("--video", type=int, default=0, metavar="N",
                    help="film the first N episodes of each task (default %(default)s)")
     g.add_argument("--out", help="results folder (default: eval_<env> beside the checkpoint)")
@@ -381,149 +726,157 @@ def arguments(argv):
                    help="keep the episodes that stand in OUT, run the others")
     g.add_argument("--overwrite", action="store_true", help="throw away the results that stand in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; other flags still win")
-    # CUDA and EGL in one process abort on some drivers, a batch of one gains little from a GPU: hence CPU.
-    g.add_argument("--device", default="cpu", help="of the policy (default %(default)s)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="of the policy (default %(default)s)")
+    g.add_argument("--batch", type=int, help="rows of every forward pass, filled or not: the last bits of an "
+                   "action depend on it (default: 1 on a CPU, where more gain little, else 16)")
     # A batch of one keeps one core busy; two threads on two busy cores took 260 ms a look, not 8.
     g.add_argument("--threads", type=int, default=1, help="torch CPU threads (default %(default)s)")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     assert set(SMOKE) <= set(vars(p.parse_args([]))), "SMOKE names a flag that does not exist"
+    args.batch = args.batch or (1 if args.device == "cpu" else 16)
     return args
 
 
 def choose_tasks(args, bench, arm):
-    """--tasks, or those tasks whose instruction the checkpoint's data has, or all of them for a control."""
-    known = (arm.checkpoint["data"]["instructions"] if arm.checkpoint
-             else [t.instruction for t in bench.tasks.values()])
+    """--tasks, or those tasks that the checkpoint's data have an instruction of, or all of them."""
     if args.tasks is None:
-        tasks = [name for name, task in bench.tasks.items() if task.instruction in known]
+        known = arm.data.get("instructions")
+        tasks = [name for name, task in bench.tasks.items()
+                 if not arm.policy or set(task.wordings) & set(known)]
         if not tasks:
             raise InputError(f"{arm.label} was trained on none of this environment's instructions (its "
                              f"first: {known[:1]}): name --tasks out of {', '.join(bench.tasks)}")
         return tasks
-    tasks = list(dict.fromkeys(args.tasks.split(",")))
+    names = list(bench.tasks)
+    tasks = list(dict.fromkeys(names[int(name)] if name.isdigit() and int(name) < len(names) else name
+                               for name in args.tasks.split(",")))
     for name in tasks:
         if name not in bench.tasks:
-            raise InputError(f"unknown task {name!r}: --tasks takes {', '.join(bench.tasks)}, "
-                             "comma-separated")
+            raise InputError(f"unknown task {name!r}: --tasks takes {', '.join(names)}, or their numbers, 0 "
+                             f"to {len(names) - 1}, comma-separated")
     return tasks
-
-
-def check_rates(arms, bench):
-    """An action must span one step of the environment: InputError for a policy finetuned at another rate."""
-    for arm in arms:
-        for part in (arm.checkpoint["data"].get("mixture") or ()) if arm.checkpoint else ():
-            rate = part["fps"] / part["stride"]
-            if not 0.95 < rate / bench.hz < 1.05:
-                raise InputError(f"{arm.label} was finetuned on actions of {rate:g} Hz ({part['path']}, "
-                                 f"stride {part['stride']}), this environment steps at {bench.hz:g} Hz: "
-                                 "finetune with data or --strides of that rate")
 
 
 def note_differences(arms, bench, tasks):
     """Say so when a policy is asked for what it was not trained on, or two were trained on other starts."""
     spreads = {}
     for arm in arms:
-        if arm.checkpoint:
-            spreads[arm.label] = (arm.checkpoint["data"].get("extra") or {}).get("spread")
+        if arm.policy:
+            spreads[arm.label] = (arm.data.get("extra") or {}).get("spread")
             for name in tasks:
-                if bench.tasks[name].instruction not in arm.checkpoint["data"]["instructions"]:
+                if not set(bench.tasks[name].wordings) & set(arm.data["instructions"]):
                     print(f"note         {arm.label} was not trained on the instruction of {name}")
     if len(set(spreads.values())) > 1:
         print(f"note         the policies were trained on starts of different spread: {spreads}")
 
 
-def check(args, bench, tasks):
-    """InputError for starts and lengths that the environment does not have."""
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed} reaches below {bench.first_seed}, where training starts are: "
-                         "give 0 or more")
-    if args.episodes < 1:
-        raise InputError(f"--episodes takes 1 or more, got {args.episodes}")
+def choose_starts(args, bench, tasks):
+    """-> the starts of every task. InputError for starts and lengths that the environment does not have."""
+    at_least(args, 0, "first", "seed", "workers", "video")
+    at_least(args, 1, "episodes", "batch", "threads")
+    episodes = args.episodes or min(bench.episodes[args.protocol], len(bench.starts) - args.first)
+    starts = bench.starts[args.first:args.first + episodes]
+    if len(starts) < max(episodes, 1):
+        raise InputError(f"{args.env} has {len(bench.starts)} starts per task, --first {args.first} and "
+                         f"--episodes {episodes} ask for more")
     for task in tasks:
         most = bench.tasks[task].max_steps
         if args.max_steps is not None and not 1 <= args.max_steps <= most:
             raise InputError(f"--max-steps takes 1 to {most} for {task}, got {args.max_steps}")
-
-
-def run_episodes(arm, env, film, chunker, bench, tasks, seeds, done, settings, out, bar):
-    """Run what is not in `done`; every episode is appended to out/episodes.jsonl as soon as it ends."""
-    for task, seed in [(t, s) for t in tasks for s in seeds if (arm.key, t, s) not in done]:
-        watch = film if film and seed in film.seeds else None
-        if watch:
-            watch.start(task, seed)
-        clock = time.perf_counter()
-        policy_fn = arm.policy_for(env, task, seed)
-        success, steps = rollout(env, policy_fn, chunker, task, seed, settings["max_steps"], watch)
-        if watch:
-            watch.write(out / "videos", task, seed, bench.tasks[task].instruction, success)
-        done[arm.key, task, seed] = {"arm": arm.key, "task": task, "seed": seed, "success": success,
-                                     "steps": steps, "seconds": round(time.perf_counter() - clock, 3),
-                                     "settings": settings}
-        append_line(out / "episodes.jsonl", done[arm.key, task, seed])
-        bar.set_postfix_str(f"{arm.label[-30:]} {task} {'success' if success else 'failure'}")
-        bar.update()
-    env.close()
+    return starts
 
 
 def main(argv=None):
     args = arguments(argv)
     pick_device(args.device)
     torch.set_num_threads(args.threads)
-    bench = ENVIRONMENTS[args.env]
+    if args.device != "cpu" and not args.workers:
+        raise InputError("--workers 0 would draw and infer in one process, which aborts with some GPU "
+                         "drivers: --workers 1 or more, or --device cpu")
 
     # ---- arms, starts, settings ----
     names = dict.fromkeys([args.checkpoint, *[args.compare] * bool(args.compare),
                            *["noop", "random"] * args.controls])
-    arms = {arm.key: arm for arm in (make_arm(name, bench, args.device) for name in names)}
+    arms = {arm.key: arm for arm in (make_arm(name, args.batch, args.device) for name in names)}
     if len(arms) < len(names) or args.compare == args.checkpoint:
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}: name another "
                          "checkpoint")
     arm = next(iter(arms.values()))
+    bench = ENVIRONMENTS[args.env](args, arm.data)
     tasks = choose_tasks(args, bench, arm)
-    check(args, bench, tasks)
-    check_rates(arms.values(), bench)
+    starts = choose_starts(args, bench, tasks)
+    for one in arms.values():
+        check_arm(one, bench, args.env)
+        one.learn(bench)
+        if one.rows > 1 and one.policy and one.knows_company(bench):
+            print(f"note         with --batch {args.batch} on {args.device} the last bits of an action "
+                  "depend on who else asks: outcomes may not repeat exactly; with --batch 1 they do")
     note_differences(arms.values(), bench, tasks)
-    seeds = [bench.first_seed + args.seed + i for i in range(args.episodes)]
-    trained_spread = ((arm.checkpoint or {}).get("data", {}).get("extra") or {}).get("spread", 1.0)
-    settings = {"env": args.env, "spread": trained_spread if args.spread is None else args.spread,
-                "execute": args.execute, "decay": args.decay, "max_steps": args.max_steps,
-                "device": args.device, "threads": args.threads, "simulator": bench.version}
-    chunkers = {k: ActionChunker(a.chunk, args.execute if a.chunk > 1 else 1, args.decay)
-                for k, a in arms.items()}
-    envs = {k: bench.make(a.cameras, a.image_size, settings["spread"]) for k, a in arms.items()}
-    folder = Path(args.checkpoint).parent if arm.checkpoint else Path("runs", args.checkpoint)
-    out = Path(args.out or folder / f"eval_{args.env}")
+    settings = {"env": args.env, **{k: getattr(args, k) for k in (
+        "execute", "decay", "max_steps", "seed", "device", "batch", "threads")}, **bench.about,
+        "gl": os.environ.get("MUJOCO_GL")}
+    out = Path(args.out or (Path(args.checkpoint).parent if arm.policy else Path("runs", args.checkpoint))
+               / f"eval_{args.env}")
+    jobs = [Job(arm=key, task=task, start=start, seed=args.seed, chunk=one.policy.chunk if one.policy else 1,
+                execute=args.execute if one.policy else 1, decay=args.decay, max_steps=args.max_steps,
+                cameras=tuple(one.policy.cameras) if one.policy else (),
+                image_size=one.policy.config["image_size"] if one.policy else 0,
+                film=str(out / "videos") if one is arm and start in starts[:args.video] else None)
+            for key, one in arms.items() for task in tasks for start in starts]
+    for job in jobs[:1]:
+        ActionChunker(job.chunk, job.execute, job.decay)        # refuses what cannot be, before anything runs
     done = open_results(out, args, settings, list(arms))
 
     # ---- episodes ----
-    if arm.checkpoint:
+    if arm.policy:
         print(f"policy       {arm.label} ({arm.key}, step {arm.checkpoint['step']:,}), cameras "
-              + ", ".join(arm.cameras))
-    print(f"starts       {len(tasks)} tasks x {len(seeds)}, seeds {seeds[0]:,} to {seeds[-1]:,}, spread "
-          f"{settings['spread']:g} (trained with {trained_spread:g})\nexecution    chunks of {arm.chunk}, "
+              + ", ".join(arm.policy.cameras))
+    limits = sorted({args.max_steps or bench.tasks[task].max_steps for task in tasks})
+    print(f"environment  {args.env}: " + ", ".join(f"{k} {v}" for k, v in bench.about.items())
+          + f", seed {args.seed}, {settings['gl']}\n"
+          f"starts       {len(tasks)} of {len(bench.tasks)} tasks x {len(starts)}, numbers {starts[0]:,} to "
+          f"{starts[-1]:,}, at most {' / '.join(map(str, limits))} steps\n"
+          f"execution    chunks of {jobs[0].chunk}, "
           + (f"{args.execute} actions per look" if args.execute
-             else f"temporal ensembling, decay {args.decay:g}"))
-    total = [(key, task, seed) for key in arms for task in tasks for seed in seeds]
-    with tqdm(total=len(total), initial=sum(k in done for k in total), unit="episode",
-              dynamic_ncols=True) as bar:
-        for key, one in arms.items():
-            film = Film(bench, settings["spread"], seeds[:args.video]) if args.video and one is arm else None
-            run_episodes(one, envs[key], film, chunkers[key], bench, tasks, seeds, done, settings, out, bar)
+             else f"temporal ensembling, decay {args.decay:g}") + f"; {args.workers} workers")
+    left = [job for job in jobs if (job.arm, job.task, job.start) not in done]
+    clock, steps = time.perf_counter(), 0
+    with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", dynamic_ncols=True) as bar:
+        for line in play_all(left, arms, bench, args.workers):
+            append_line(out / "episodes.jsonl", {**line, "settings": settings})
+            done[line["arm"], line["task"], line["start"]] = line
+            steps += line["steps"]
+            bar.set_postfix_str(f"{arms[line['arm']].label[-30:]} {line['task'][:40]} "
+                                f"{'success' if line['success'] else 'failure'}")
+            bar.update()
+    wall = time.perf_counter() - clock
 
     # ---- results ----
-    results = {"checkpoint": args.checkpoint, "hash": arm.key, "step": (arm.checkpoint or {}).get("step"),
-               "settings": settings, "seeds": [seeds[0], seeds[-1]],
-               "arms": {key: summarise(one, tasks, seeds, done) for key, one in arms.items()},
+    results = {"checkpoint": args.checkpoint, "hash": arm.key, "step": arm.checkpoint.get("step"),
+               "protocol": args.protocol, "settings": settings, "tasks": [len(tasks), len(bench.tasks)],
+               "starts": [starts[0], starts[-1]], "limits": limits,
+               "arms": {key: summarise(one, tasks, starts, done) for key, one in arms.items()},
                "scope": "95 % intervals over starts of this checkpoint, not over training seeds",
+               "speed": {"workers": args.workers, "wall_s": wall, "steps": steps,
+                         "looks": sum(a.looks for a in arms.values()),
+                         "policy_s": sum(a.seconds for a in arms.values())},
                "provenance": provenance()}
     print("\n" + table(results["arms"]))
     if args.compare:
-        ours, other = ([done[key, t, s]["success"] for t in tasks for s in seeds] for key in list(arms)[:2])
+        ours, other = ([done[key, t, s]["success"] for t in tasks for s in starts] for key in list(arms)[:2])
         results["comparison"] = {"other": args.compare, "other_hash": list(arms)[1]} | mcnemar(ours, other)
         print_comparison(args, results["comparison"])
     write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    if args.env in LIBERO_STEPS and arm.policy:
+        print("\nbeside the paper's Table I (success in %; theirs: 10 trials per task, no interval):\n\n"
+              + paper_table(out, arm))
+    if steps:
+        looks, policy = results["speed"]["looks"], results["speed"]["policy_s"]
+        print(f"\nspeed        {steps / wall:.0f} steps/s in {args.workers} workers; policy "
+              f"{1000 * policy / max(looks, 1):.1f} ms per look, {100 * policy / wall:.0f} % of the time")
     films = len(list((out / "videos").glob("*.mp4")))
     print(f"\nwrote        {out}/results.json, episodes.jsonl" + (f", videos/ ({films})" if films else ""))
 

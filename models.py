@@ -720,15 +720,17 @@ class ActionChunker:
 
     def step(self, ask):
         """ask() -> (n, A) is called only when a new chunk is needed. -> action (A,)."""
-        limit = self.execute or self.chunk
-        self.live = [[c, age] for c, age in self.live if age < limit]
-        if self.execute is None or not self.live:
+        if self.asks:
             self.live.append([np.asarray(ask()), 0])
         now = np.stack([c[age] for c, age in self.live])                              # (live chunks, A)
         weights = np.exp(-self.decay * np.arange(len(now)))
-        for entry in self.live:
-            entry[1] += 1
+        self.live = [[c, age + 1] for c, age in self.live if age + 1 < (self.execute or self.chunk)]
         return (weights[:, None] * now).sum(0) / weights.sum()
+
+    @property
+    def asks(self):
+        """Whether the next step() will ask for a chunk: an observation is needed for that alone."""
+        return self.execute is None or not self.live
 
 
 # ---- 8 checkpoints ---------------------------------------------------------------------------------------

@@ -69,9 +69,11 @@ import struct
 import sys
 import tempfile
 import threading
+import types
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from xml.etree import ElementTree
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")    # damaged clips are counted, not shouted
@@ -947,25 +949,42 @@ def axis_angle(quaternion):
     return quaternion[:, :3] * np.where(sine > 1e-8, 2 * np.arccos(w) / np.maximum(sine, 1e-8), 0)
 
 
+# What the field learnt the hard way: (package, versions that will do, why the others will not).
+LIBERO_NEEDS = (
+    ("mujoco", lambda v: v < (3, 3, 3), "mujoco<3.3.3", "from 3.3.3 the floors are darker, from 3.4.0 "
+     "libero_spatial task 5 falls from 98 % to 12 %, 4.0 does not load the robots"),
+    ("robosuite", lambda v: v[:2] == (1, 4), "robosuite==1.4.0", "1.5 has other robots and controllers"))
+
+
 def import_libero(assets=None):
     """-> the module libero.libero, pointed at its assets: --libero-assets, else $LIBERO_ASSETS, else those in
-    the package, else what libero fetches itself. InputError when there are none.
+    the package, else what libero fetches itself. InputError when there are none, or versions do not fit.
 
-    Imported as it comes, it asks a question on stdin and writes into the home folder: its settings go to a
-    temporary folder instead.
+    Imported as it comes, it asks a question on stdin, writes into the home folder, and robosuite opens
+    /tmp/robosuite.log, which may be another user's: none of it here, its settings go to a temporary folder.
     """
     import robot  # noqa: F401  (chooses EGL or OSMesa before mujoco is imported)
     spec = importlib.util.find_spec("libero")
     if spec is None:
         raise InputError("the simulator is not installed: pip install -r requirements.txt")
+    for package, fits, wanted, why in LIBERO_NEEDS:
+        found = metadata.version(package)
+        if not fits(tuple(map(int, re.findall(r"\d+", found)[:3]))):
+            raise InputError(f"{package} {found} is installed, LIBERO needs {wanted} ({why}): "
+                             f'pip install "{wanted}"')
+    package = spec.submodule_search_locations[0]
     if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
-        root, folder = os.path.join(spec.submodule_search_locations[0], "libero"), tempfile.mkdtemp()
+        root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["LIBERO_CONFIG_PATH"] = folder
         with open(os.path.join(folder, "config.yaml"), "w") as f:        # JSON is YAML
             json.dump({"benchmark_root": root, "bddl_files": f"{root}/bddl_files", "datasets": folder,
                        "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    if not os.access(package, os.W_OK):              # numba would cache in the home folder, or fail
+        os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
+    macros = types.ModuleType("robosuite.macros_private")                # robosuite's own place for settings
+    macros.CONSOLE_LOGGING_LEVEL, macros.FILE_LOGGING_LEVEL = "ERROR", None
+    sys.modules.setdefault(macros.__name__, macros)
     from libero import libero
     given = assets or os.environ.get("LIBERO_ASSETS")
     if given:
@@ -987,18 +1006,44 @@ def close_simulator():
     gc.collect()
 
 
-def libero_simulator(bddl, image_size, assets):
+def libero_simulator(bddl, assets, seed=0):
     """The simulator of one task, the last one kept: building it takes seconds."""
-    if (bddl, image_size) not in _simulator:
+    if bddl not in _simulator:
         close_simulator()
         import_libero(assets)
         from libero.libero.envs import OffScreenRenderEnv
-        env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=image_size, camera_widths=image_size)
-        env.env.reset()                              # env.reset() would swallow every error and try for ever
+        env = OffScreenRenderEnv(bddl_file_name=bddl, use_camera_obs=False)    # libero_observation draws
+        reset_simulator(env, seed)
         atexit.unregister(close_simulator)           # OpenGL has registered its end by now; ours, being
         atexit.register(close_simulator)             # registered later, comes before it
-        _simulator[bddl, image_size] = env
-    return _simulator[bddl, image_size]
+        _simulator[bddl] = env
+    return _simulator[bddl]
+
+
+def reset_simulator(env, seed):
+    """A fresh scene, the same for the same seed whatever has been simulated before it.
+
+    UPSTREAM: the furniture is placed at random and is not part of a stored initial state; and every reset
+    adds its samplers once more, so that what is drawn depends on the number of resets before.
+    """
+    np.random.seed(seed)
+    env.env.object_property_initializers.clear()
+    env.env.reset()                                  # env.reset() would swallow every error and try for ever
+
+
+def libero_observation(env, cameras, image_size):
+    """What is seen now -> {camera: (H, W, 3) uint8 RGB, upright}, proprio (8,): hand's position (m), its
+    rotation vector (rad), both fingers (m)."""
+    seen = env.env._get_observations(force_update=True)
+    proprio = np.hstack([seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"][None])[0],
+                         seen["robot0_gripper_qpos"]])
+    return {camera: libero_image(env, camera, image_size) for camera in cameras}, proprio
+
+
+def libero_image(env, camera, image_size):
+    """(H, W, 3) uint8 RGB, upright: OpenGL draws from below."""
+    name = LIBERO_CAMERAS[camera][1].removesuffix("_image")
+    return np.ascontiguousarray(env.sim.render(width=image_size, height=image_size, camera_name=name)[::-1])
 
 
 def task_simulator(f, path, args):
@@ -1011,7 +1056,7 @@ def task_simulator(f, path, args):
     bddl = next((place for place in places if os.path.isfile(place)), None)
     if bddl is None:
         raise Reject("unknown task", f"libero has no {named or name}")
-    return libero_simulator(bddl, args.image_size, args.libero_assets)
+    return libero_simulator(bddl, args.libero_assets)
 
 
 def place_scene(env, demo):
@@ -1036,14 +1081,19 @@ def draw_states(f, demo, path, args):
     """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action."""
     env, rows = task_simulator(f, path, args), []
     place_scene(env, demo)
-    images = {camera: [] for camera in args.cameras}
     for state in demo["states"][:].astype(np.float64):
-        seen = env.regenerate_obs_from_state(state)
-        for camera, frames in images.items():
-            frames.append(seen[LIBERO_CAMERAS[camera][1]][::-1])         # OpenGL draws from below
-        rows.append([seen["robot0_eef_pos"], seen["robot0_eef_quat"], seen["robot0_gripper_qpos"]])
-    position, quaternion, fingers = map(np.array, zip(*rows))
-    return images, np.hstack([position, axis_angle(quaternion), fingers])
+        show_state(env, state)
+        rows.append(libero_observation(env, args.cameras, args.image_size))
+    images, proprio = zip(*rows)
+    return {camera: [seen[camera] for seen in images] for camera in args.cameras}, np.array(proprio)
+
+
+def show_state(env, state):
+    """Set the simulator to a flattened state; what shines, shines."""
+    env.set_state(state)
+    env.sim.forward()
+    env.check_success()                              # it is this that notes whether a stove is on
+    env._post_process()
 
 
 @reads_foreign_files
@@ -1064,8 +1114,7 @@ def reaches_goal(env, demo):
     """Whether the task is solved in one of a demonstration's last 20 states."""
     place_scene(env, demo)
     for state in demo["states"][-20:].astype(np.float64):
-        env.set_state(state)
-        env.sim.forward()
+        show_state(env, state)
         if env.check_success():
             return True
     return False

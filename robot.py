@@ -460,10 +460,11 @@ class TwinEnv:
         half = angle / 2 if name == "roll" else 0.0             # the others look the same all around
         self.data.joint(name).qpos[:] = [x, y, z, np.cos(half), 0, 0, np.sin(half)]
 
-    def step(self, action):
+    def step(self, action, look=True):
         """One control step of 1/20 s. action (7,): see the top of the file. -> obs, done, success
 
-        done = success or max_steps reached. ValueError: not 7 finite numbers
+        look = False draws nothing, obs is None. done = success or max_steps reached. ValueError: not 7 finite
+        numbers
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
@@ -477,7 +478,7 @@ class TwinEnv:
         self._steps += 1
         self._good = self._good + 1 if self.task.success(self) else 0
         success = self._good >= 5                               # it has to hold for a quarter of a second
-        return self._observe(), success or self._steps >= self.max_steps, success
+        return self._observe() if look else None, success or self._steps >= self.max_steps, success
 
     def _command(self, move, turn):
         """Adds a step to the commanded tool pose and solves for the joints. The command runs at most 3 cm
@@ -525,13 +526,14 @@ class TwinEnv:
         turn = rotation_error(self.data.site("tool").xmat, TOOL_DOWN)
         return np.array([*self.tool_position, *turn, self.opening], dtype=np.float32)
 
-    def render(self, camera):
-        """(H, W, 3) uint8 RGB, upright."""
-        if self.task_name not in self._renderers:
-            self._renderers[self.task_name] = mujoco.Renderer(self.model, *self.image_size)
+    def render(self, camera, image_size=None):
+        """(H, W, 3) uint8 RGB, upright; image_size, a number or (H, W), where it is not the observation's."""
+        key = self.task_name, tuple(int(n) for n in np.broadcast_to(image_size or self.image_size, 2))
+        if key not in self._renderers:
+            self._renderers[key] = mujoco.Renderer(self.model, *key[1])
             if len(self._renderers) == 1:   # at exit, but before mujoco ends OpenGL: else tracebacks
                 atexit.register(lambda env: env() and env().close(), weakref.ref(self))
-        renderer = self._renderers[self.task_name]
+        renderer = self._renderers[key]
         renderer.update_scene(self.data, camera)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = self.shadows     # shadows triple the time
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False

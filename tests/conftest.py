@@ -1,5 +1,6 @@
 """Shared by all tests: importable scripts, one torch thread, a tiny dataset in the project's own format."""
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -61,6 +62,14 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     return Namespace(video=str(write_dataset(root / "video", actions=False)),
                      robot=str(write_dataset(root / "robot", cameras=("front", "side"))))
+
+
+@pytest.fixture(scope="session")
+def libero_assets():
+    assets = os.environ.get("LIBERO_ASSETS")
+    if not assets or not Path(assets, "scenes").is_dir():
+        pytest.skip("LIBERO's meshes and textures are not here: LIBERO_ASSETS names their folder")
+    return assets
 
 
 def metrics(run):

@@ -1,6 +1,8 @@
 """Claims of evaluate.py: a stopped evaluation ends in the same numbers, rollouts and statistics are right."""
+import collections
 import json
 import os
+import signal
 
 import cv2
 import numpy as np
@@ -12,60 +14,69 @@ import evaluate
 from models import ActionChunker, BAKU, InputError, make_policy, save_checkpoint
 
 
-class FakeTask:
-    def __init__(self, instruction, max_steps=20):
-        self.instruction, self.max_steps = instruction, max_steps
+TASKS = {"push": evaluate.Task(("push the cup", "push it"), 20), "pull": evaluate.Task(("pull the cup",), 20),
+         "lift": evaluate.Task(("lift the cup",), 30)}
 
 
-TASKS = {"push": FakeTask("push the cup"), "pull": FakeTask("pull the cup"),
-         "lift": FakeTask("lift the cup", 30)}
+KILL, REFUSE = 1, 2                     # starts at which a worker dies, or says why it cannot go on
 
 
 class FakeEnv:
     """A point on a line has to pass a mark, which follows from (task, seed). The picture shows the point."""
     resets, stop_after = [], None       # of all instances; reset number stop_after is a Ctrl-C
 
-    def __init__(self, cameras, image_size, spread):
-        self.cameras, self.size, self.spread = cameras, image_size, spread
+    def __init__(self, cameras, image_size):
+        self.cameras, self.size = cameras, image_size
 
-    def reset(self, task, seed):
-        FakeEnv.resets.append((task, seed))
+    def reset(self, task, start):
+        if start == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if start == REFUSE:
+            raise InputError("no such start")
+        FakeEnv.resets.append((task, start))
         if len(FakeEnv.resets) == FakeEnv.stop_after:
             raise KeyboardInterrupt
         self.max_steps, self.steps, self.x = TASKS[task].max_steps, 0, 0.0
-        self.mark = np.random.default_rng([seed, list(TASKS).index(task)]).uniform(0, 0.04) + 1e-6
+        self.mark = np.random.default_rng([start, list(TASKS).index(task)]).uniform(0, 0.04) + 1e-6
         return self.observe()
 
+    def render(self, camera, image_size):
+        return np.full((image_size, image_size, 3), int(np.clip(128 + 2000 * self.x, 0, 255)), np.uint8)
+
     def observe(self):
-        value = int(np.clip(128 + 2000 * self.x, 0, 255))
-        images = {c: np.full((self.size, self.size, 3), value, np.uint8) for c in self.cameras}
+        images = {c: self.render(c, self.size) for c in self.cameras}
         return {"images": images, "proprio": np.full(7, self.x, np.float32)}
 
-    def step(self, action):
+    def step(self, action, look=True):
         self.x, self.steps = self.x + action[0], self.steps + 1
         success = self.x > self.mark
-        return self.observe(), success or self.steps >= self.max_steps, success
+        return self.observe() if look else None, success or self.steps >= self.max_steps, success
 
     def close(self):
         pass
 
 
 class FakeExpert:
-    def __init__(self, env, seed):
+    def __init__(self, env, start):
         self.env = env
 
     def act(self):
         return np.array([self.env.mark / 10, 0, 0, 0, 0, 0, 1.0])
 
 
+def fake_benchmark(args, trained):
+    limit = np.full(7, 0.02)
+    return evaluate.Benchmark(make=FakeEnv, tasks=TASKS, cameras=("front",), proprio_dim=7, still=np.zeros(7),
+                              low=-limit, high=limit, starts=range(1_000_000, 1_000_050),
+                              episodes={"full": 50, "paper": 10}, hz=20, about={"fake": args.spread or 1},
+                              expert=FakeExpert)
+
+
 @pytest.fixture(autouse=True)
 def bench(monkeypatch):
     FakeEnv.resets, FakeEnv.stop_after = [], None
-    limit = np.full(7, 0.02)
-    fake = evaluate.Benchmark(FakeEnv, TASKS, ("front",), FakeExpert, np.zeros(7), -limit, limit, 1_000_000,
-                              20, "fake 1")
-    monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake)
-    return fake
+    monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake_benchmark)
+    return fake_benchmark(evaluate.arguments([]), {})
 
 
 def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", **data):
@@ -82,12 +93,63 @@ def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup")
 
 
 def run(out, *flags):
-    evaluate.main(["--env", "fake", "--out", str(out), *flags])
+    evaluate.main(["--env", "fake", "--workers", "0", "--out", str(out), *flags])
     results = json.loads((out / "results.json").read_text())
     results.pop("provenance")
+    results.pop("speed")
     for arm in results["arms"].values():
         arm.pop("seconds_per_episode")
     return results
+
+
+# ---- processes -------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_processes_and_a_kill_change_nothing(tmp_path):
+    """To the last bit: `actions` is a hash of all actions of an episode."""
+    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "4", "--batch", "4")
+    whole = run(tmp_path / "0", *flags)
+    assert len({e["actions"] for arm in whole["arms"].values() for e in arm["tasks"]["push"]["episodes"]}) > 4
+    for workers in ("1", "2"):
+        assert run(tmp_path / workers, *flags, "--workers", workers) == whole
+    lines = (tmp_path / "2" / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "2" / "episodes.jsonl").write_text("".join(lines[:9]) + lines[9][:40])
+    assert run(tmp_path / "2", *flags, "--workers", "2", "--resume") == whole
+
+
+def test_a_row_of_a_forward_pass_does_not_know_its_company(tmp_path, bench):
+    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt"), 4, "cpu")
+    arm.learn(bench)
+    env, rng = FakeEnv(("front",), 16), np.random.default_rng(0)
+    env.reset("push", 1_000_000)
+    looks = []
+    for task in ["push", "lift"] * 5:
+        looks.append((task, env.observe()))
+        env.step(rng.uniform(-0.02, 0.02, 7))
+    alone = [arm.chunks([look])[0] for look in looks]
+    for together in (arm.chunks(looks), arm.chunks(looks[::-1])[::-1]):
+        assert np.array_equal(alone, together)
+    assert arm.looks == 30 and not np.array_equal(alone[0], alone[1])
+    assert not arm.knows_company(bench) and arm.looks == 0
+    arm.policy.act = lambda batch: batch["proprio"][:, None].cumsum(0)      # as a careless kernel would
+    assert arm.knows_company(bench)
+
+
+def test_a_worker_that_dies_or_refuses_is_one_line(bench):
+    job = evaluate.Job("noop", "push", 1_000_000, 0, 1, 1, 0.0, None, (), 0, None)
+    for start, message in ((KILL, "a worker died in push, start 1 .*status -9.* --workers"),
+                           (REFUSE, "^no such start$")):
+        with pytest.raises(InputError, match=message):
+            list(evaluate.play_all([job._replace(start=start)], {}, bench, 1))
+
+
+def test_a_worker_goes_on_with_its_own_scene():
+    Job = collections.namedtuple("Job", "task start")
+    jobs = [Job(task, start) for task in "abc" for start in range(2)]
+    taken = [evaluate.take(jobs, mine, others) for mine, others in
+             ((None, set()), (None, {"a"}), ("a", {"b"}), ("a", {"b"}), ("b", {"c"}), ("b", {"c"}))]
+    assert [tuple(job) for job in taken] == [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("b", 1), ("c", 1)]
+    assert evaluate.take(jobs, "a", {"b"}) is None
 
 
 # ---- resuming --------------------------------------------------------------------------------------------
@@ -123,7 +185,7 @@ def test_an_episode_does_not_depend_on_those_before_it(tmp_path):
         name = what[-4:]
         one = run(tmp_path / f"one{name}", "--checkpoint", what, "--tasks", "push,lift", "--no-controls",
                   "--episodes", "4")
-        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--seed", "2",
+        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--first", "2",
                     "--no-controls", "--episodes", "2")
         (a,), (b,) = one["arms"].values(), other["arms"].values()
         assert a["tasks"]["lift"]["episodes"][2:] == b["tasks"]["lift"]["episodes"]
@@ -137,7 +199,7 @@ def test_results_are_never_mixed_or_overwritten_unasked(tmp_path):
         run(out, *flags)
     with pytest.raises(InputError, match="made with execute None, now it is 2"):
         run(out, *flags, "--resume", "--execute", "2")
-    with pytest.raises(InputError, match="made with spread"):
+    with pytest.raises(InputError, match="made with fake 1, now it is 0.25"):
         run(out, *flags, "--resume", "--spread", "0.25")
     write_checkpoint(tmp_path / "last.pt", seed=1)         # trained again under the same name
     with pytest.raises(InputError, match="is of checkpoint"):
@@ -162,20 +224,22 @@ def counting_policy(asked, n=4):
 class Recorder:
     max_steps = 7
 
-    def reset(self, task, seed):
-        self.done_actions = []
+    def reset(self, task, start):
+        self.done_actions, self.looks = [], [0]
         return {"t": 0}
 
-    def step(self, action):
+    def step(self, action, look=True):
         self.done_actions.append(action[0])
-        return {"t": len(self.done_actions)}, False, False
+        self.looks += [len(self.done_actions)] * look
+        return {"t": len(self.done_actions)} if look else None, False, False
 
 
 def test_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
     env, asked = Recorder(), []
-    success, steps = evaluate.rollout(env, counting_policy(asked), ActionChunker(4, execute=3), "push", 1)
-    assert asked == [0, 3, 6] and (success, steps) == (False, 7)
-    assert np.allclose(env.done_actions, [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
+    success, actions = evaluate.rollout(env, counting_policy(asked), ActionChunker(4, execute=3), "push", 1)
+    assert asked == env.looks == [0, 3, 6] and not success       # drawn only where it is looked at
+    assert np.allclose(actions[:, 0], [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
+    assert np.array_equal(env.done_actions, actions[:, 0])
 
 
 def test_temporal_ensembling_online_is_the_average_one_would_compute_offline():
@@ -193,25 +257,25 @@ def test_temporal_ensembling_online_is_the_average_one_would_compute_offline():
 
 
 def test_rollout_stops_at_success_and_at_max_steps(bench):
-    env = FakeEnv((), 16, 1.0)
+    env = FakeEnv((), 16)
     for most in (None, 3):
-        policy_fn = evaluate.make_control("expert", bench).policy_for(env, "push", 5)
-        success, steps = evaluate.rollout(env, policy_fn, ActionChunker(1, 1), "push", 5, most)
-        assert (success, steps) == ((True, env.steps) if most is None else (False, 3))
-        assert env.steps == steps
+        policy_fn = evaluate.control("expert", bench, env, "push", 5, 0)
+        success, actions = evaluate.rollout(env, policy_fn, ActionChunker(1, 1), "push", 5, most)
+        assert (success, len(actions)) == ((True, env.steps) if most is None else (False, 3))
+        assert env.steps == len(actions)
 
 
 def test_the_policy_sees_pictures_as_the_dataset_stores_them(tmp_path):
     policy, _ = evaluate.load_policy(write_checkpoint(tmp_path / "last.pt"))
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     obs = {"images": {"front": picture[::-1], "side": picture}, "proprio": np.arange(7.0)}   # negative stride
-    batch = evaluate.to_batch(obs, np.ones(512, np.float32), policy, "cpu")
+    batch = evaluate.to_batch([obs], [np.ones(512, np.float32)], policy, "cpu")
     assert list(batch["images"]) == ["front"]
     assert np.array_equal(batch["images"]["front"][0], picture[::-1].transpose(2, 0, 1))
     assert batch["proprio"].shape == (1, 7) and batch["proprio"].dtype == torch.float32
     with pytest.raises(InputError, match="cameras"):
-        policy.act(evaluate.to_batch({**obs, "images": {"side": picture}}, np.ones(512, np.float32), policy,
-                                     "cpu"))
+        policy.act(evaluate.to_batch([{**obs, "images": {"side": picture}}], [np.ones(512, np.float32)],
+                                     policy, "cpu"))
 
 
 # ---- what is evaluated, on which starts ------------------------------------------------------------------
@@ -222,10 +286,13 @@ def test_tasks_and_spread_come_from_the_checkpoint_unless_flags_say_otherwise(tm
     flags = ("--checkpoint", checkpoint, "--episodes", "2")
     results = run(tmp_path / "a", *flags)
     assert all(list(arm["tasks"]) == ["push", "lift"] for arm in results["arms"].values())
-    assert results["settings"]["spread"] == 0.5 and len(results["arms"]) == 3
-    results = run(tmp_path / "b", *flags, "--tasks", "pull", "--spread", "1", "--no-controls")
-    assert results["settings"]["spread"] == 1 and len(results["arms"]) == 1
+    assert len(results["arms"]) == 3 and results["tasks"] == [2, 3]
+    results = run(tmp_path / "b", *flags, "--tasks", "1", "--no-controls")
+    assert len(results["arms"]) == 1 and list(results["arms"][results["hash"]]["tasks"]) == ["pull"]
     assert "not trained on the instruction of pull" in capsys.readouterr().out
+    spread = [evaluate.twin_benchmark(evaluate.arguments(flag), {"extra": {"spread": 0.5}}).about["spread"]
+              for flag in ([], ["--spread", "1"])]
+    assert spread == [0.5, 1]
 
 
 def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
@@ -240,7 +307,8 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
                            (("--checkpoint", foreign), "--tasks"),
                            (("--checkpoint", str(tmp_path / "broken.pt")), "NaN"),
                            (("--checkpoint", slow), "actions of 10 Hz .* steps at 20 Hz"),
-                           (("--checkpoint", good, "--seed", "-1"), "training starts"),
+                           (("--checkpoint", good, "--first", "-1"), "--first takes 0 or more"),
+                           (("--checkpoint", good, "--first", "48", "--episodes", "3"), "50 starts per task"),
                            (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
                            (("--checkpoint", good, "--execute", "5"), "1 to 4"),
                            (("--checkpoint", good, "--max-steps", "21"), "1 to 20"),
@@ -260,7 +328,7 @@ def test_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
     results = run(tmp_path, "--checkpoint", "random", "--tasks", "push", "--episodes", "3", "--video", "2")
     films = sorted(path.name for path in (tmp_path / "videos").iterdir())
     episodes = results["arms"]["random"]["tasks"]["push"]["episodes"][:2]
-    assert films == [f"push_{e['seed']}_{'success' if e['success'] else 'failure'}.mp4" for e in episodes]
+    assert films == [f"push_{e['start']}_{'success' if e['success'] else 'failure'}.mp4" for e in episodes]
     video = cv2.VideoCapture(str(tmp_path / "videos" / films[0]))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == episodes[0]["steps"] + 1 + 10    # the end stands still
     assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
@@ -312,7 +380,7 @@ def test_two_policies_meet_on_the_same_starts(tmp_path):
     one, two = (write_checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (0, 1))
     results = run(tmp_path / "out", "--checkpoint", one, "--compare", two, "--episodes", "6")
     assert len(results["arms"]) == 4 and results["comparison"]["n"] == 12
-    starts = [[e["seed"] for e in arm["tasks"]["lift"]["episodes"]] for arm in results["arms"].values()]
+    starts = [[e["start"] for e in arm["tasks"]["lift"]["episodes"]] for arm in results["arms"].values()]
     assert all(s == list(range(1_000_000, 1_000_006)) for s in starts)
     ours, other = [[e["success"] for t in arm["tasks"].values() for e in t["episodes"]]
                    for arm in list(results["arms"].values())[:2]]
@@ -324,24 +392,16 @@ def test_two_policies_meet_on_the_same_starts(tmp_path):
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
 def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
-    twin = evaluate.ENVIRONMENTS["twin"]
-    instruction = twin.tasks["stack_cups"].instruction
-    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt", instructions=[instruction]), twin, "cpu")
-    env, film, chunker = (twin.make(arm.cameras, arm.image_size, 0.5), evaluate.Film(twin, 0.5, [], 64),
-                          ActionChunker(4))
-    film.start("stack_cups", 1_000_000)
-
-    def actions(on_action=None):
-        done = []
-        evaluate.rollout(env, arm.policy_for(env, "stack_cups", 1_000_000), chunker, "stack_cups", 1_000_000,
-                         12, lambda action: (done.append(action), on_action and on_action(action)))
-        return np.array(done)
-
-    first = actions()
-    evaluate.rollout(env, arm.policy_for(env, "cup_in_bowl", 7), chunker, "cup_in_bowl", 7, 5)
-    again = actions(film)
-    assert np.array_equal(first, again) and np.ptp(first[:, 0]) > 0
-    film.write(tmp_path, "stack_cups", 1_000_000, instruction, False)
-    assert len(film.frames) == 13 and (tmp_path / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
-    env.close()
-    film.env.close()
+    args = evaluate.arguments(["--spread", "0.5"])
+    twin = evaluate.twin_benchmark(args, {})
+    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"]), 1, "cpu")
+    arm.learn(twin)
+    job = evaluate.Job(arm.key, "stack_cups", 1_000_000, 0, 4, None, 0.01, 12, ("front",), 16, None)
+    others = [job._replace(task="cup_in_bowl", start=7), job._replace(arm="random", chunk=1),
+              job._replace(execute=2)]
+    jobs = [job, *others, job._replace(film=str(tmp_path))]
+    first, *_, filmed = evaluate.play_all(jobs, {arm.key: arm}, twin, 0)
+    for line in (first, filmed):
+        line.pop("seconds")
+    assert first == filmed and first["steps"] == 12
+    assert (tmp_path / "stack_cups_1000000_failure.mp4").stat().st_size > 1000

@@ -366,7 +366,8 @@ def test_a_device_that_is_not_there_is_one_clear_line():
 def test_only_models_py_saves_and_loads_checkpoints():
     for script in m.Path(m.__file__).parent.glob("*.py"):
         if script.name != "models.py":
-            assert not m.re.search(r"torch\.(save|load)\(", script.read_text()), script
+            for call in m.re.findall(r"torch\.(?:save|load)\(.*", script.read_text()):
+                assert "pruned_init" in call and "weights_only=True" in call, script   # LIBERO's states
 
 
 # ---- sizes ----

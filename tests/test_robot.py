@@ -264,7 +264,7 @@ def test_every_thing_is_seen_by_both_cameras():
         env.reset(task, 2)
         for camera in env.cameras:
             env.render(camera)
-            renderer = env._renderers[task]
+            renderer = env._renderers[task, env.image_size]
             renderer.enable_segmentation_rendering()
             renderer.update_scene(env.data, camera)
             geoms = np.unique(renderer.render()[..., 0])

@@ -494,14 +494,6 @@ def test_axis_angle_is_continuous_where_the_hand_points_down():
     assert np.array_equal(prepare_data.axis_angle(np.array([[0.0, 0, 0, 1]])), np.zeros((1, 3)))
 
 
-@pytest.fixture(scope="module")
-def libero_assets():
-    assets = os.environ.get("LIBERO_ASSETS")
-    if not assets or not Path(assets, "scenes").is_dir():
-        pytest.skip("LIBERO's meshes and textures are not here: LIBERO_ASSETS names their folder")
-    return assets
-
-
 BOWL, STEPS = "put_the_bowl_on_the_plate", 14
 
 
@@ -510,7 +502,9 @@ def record_demonstration(folder):
     before, observations from after the action. Poses of the furniture in both forms that files have."""
     libero = prepare_data.import_libero()
     bddl = str(Path(libero.__file__).parent / "bddl_files" / "libero_goal" / f"{BOWL}.bddl")
-    env = prepare_data.libero_simulator(bddl, SIZE * 4, None)
+    from libero.libero.envs import OffScreenRenderEnv
+    env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=SIZE * 4, camera_widths=SIZE * 4)
+    env.env.reset()
     rows = {key: [] for key in ("actions", "states", "agentview_rgb", "eye_in_hand_rgb", "ee_pos", "ee_ori",
                                 "gripper_states", "joint_states")}
     for t in range(STEPS):
@@ -534,6 +528,8 @@ def record_demonstration(folder):
             demo.attrs[attribute] = value
             for name, values in rows.items():
                 demo[name if name in ("actions", "states") else f"obs/{name}"] = np.array(values)
+    env.close()
+    prepare_data.close_simulator()                           # collects what is left of OpenGL
 
 
 def test_the_simulator_draws_what_a_recorder_saw(libero_assets, tmp_path, monkeypatch):

@@ -1,0 +1,75 @@
+"""Do stored LIBERO demonstrations still succeed when their actions are replayed, open loop, in evaluate.py's
+own environment? And does it see what the files show? A difference of simulator versions shows here first.
+
+    python tests/replay_demos.py --demos FOLDER --suites libero_object libero_spatial libero_goal --per-task 7
+
+FOLDER holds <suite>/<task>_demo.hdf5 with states. Starts are the demonstrations' own, with their furniture.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluate  # noqa: E402
+from prepare_data import natural, place_scene, stored_observations  # noqa: E402
+
+
+def replay(env, task, demo):
+    """-> whether the demonstration's actions end in success."""
+    env.begin(task, demo["states"][0].astype(np.float64), 0, place=lambda sim: place_scene(sim, demo))
+    return any(env.step(action, look=False)[2] for action in demo["actions"][:].astype(np.float64))
+
+
+def compare_pictures(env, task, f, demo):
+    """-> {camera: mean absolute difference of stored images and those of the environment in the same states}.
+    Raw files hold what was seen after the action of a row, which is before that of the next."""
+    args = argparse.Namespace(cameras=env.cameras)
+    stored, _, after = stored_observations(f, demo, args)
+    apart = {camera: [] for camera in env.cameras}
+    for t in range(0, len(demo["states"]) - 1, 10):
+        seen = env.begin(task, demo["states"][t + after].astype(np.float64), 0,
+                         place=lambda sim: place_scene(sim, demo))
+        for camera, picture in seen["images"].items():
+            apart[camera].append(np.abs(stored[camera][t].astype(float) - picture).mean())
+    return {camera: float(np.mean(values)) for camera, values in apart.items()}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--demos", required=True, type=Path, metavar="FOLDER")
+    p.add_argument("--suites", nargs="+", default=["libero_object", "libero_spatial", "libero_goal"],
+                   choices=evaluate.LIBERO_STEPS)
+    p.add_argument("--per-task", type=int, default=7, help="demonstrations, evenly spread (default 7)")
+    p.add_argument("--libero-assets", metavar="FOLDER")
+    args = p.parse_args(argv)
+    wins = count = 0
+    for suite in args.suites:
+        env = evaluate.LiberoEnv(suite, args.libero_assets, 0, ("agentview", "wrist"), 128)
+        for path in tqdm(sorted((args.demos / suite).glob("*_demo.hdf5")), suite, unit="task"):
+            task = path.name.removesuffix("_demo.hdf5")
+            with h5py.File(path, "r") as f:
+                keys = sorted(f["data"], key=natural)
+                spread = np.linspace(0, len(keys) - 1, min(args.per_task, len(keys))).astype(int)
+                env.cameras = ()
+                outcomes = {keys[i]: replay(env, task, f["data"][keys[i]]) for i in spread}
+                wins, count = wins + sum(outcomes.values()), count + len(outcomes)
+                lost = [key for key, success in outcomes.items() if not success]
+                line = f"{suite} {task}: {len(outcomes) - len(lost)} of {len(outcomes)}"
+                line += f", not {', '.join(lost)}" if lost else ""
+                if "obs/agentview_rgb" in f["data"][keys[0]]:
+                    env.cameras = ("agentview", "wrist")
+                    apart = compare_pictures(env, task, f, f["data"][keys[0]])
+                    line += f"; pictures differ by {apart} of 255"
+            tqdm.write(line)
+        env.close()
+    low, high = evaluate.rate_with_intervals(wins, count)["wilson"]
+    print(f"{wins} of {count} succeed: {100 * wins / count:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+if __name__ == "__main__":
+    evaluate.run(main)

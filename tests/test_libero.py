@@ -1,0 +1,140 @@
+"""Claims about LIBERO, in the real simulator: repeatable episodes, the converter's pictures."""
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import prepare_data
+from models import BAKU, InputError, make_policy, save_checkpoint
+
+DRAWER = "pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
+SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+REACH = np.array([0.5, 0.3, -0.4, 0, 0, 0.2, -1])
+
+
+@pytest.fixture
+def libero(libero_assets):
+    """benchmark(suite), with the simulator closed afterwards."""
+    yield lambda suite: evaluate.ENVIRONMENTS[suite](evaluate.arguments(["--env", suite]), {})
+    prepare_data.close_simulator()
+
+
+def test_an_episode_does_not_depend_on_those_before_it(libero):
+    """In a scene with drawers, whose random opening LIBERO draws once more with every reset."""
+    env = libero("libero_spatial").make((), 0)
+
+    def play(start, steps):
+        env.reset(DRAWER, start)
+        furniture = env.sim.sim.model.body_pos.copy()
+        for _ in range(steps):
+            env.step(REACH, look=False)
+        return furniture, env.sim.get_sim_state()
+
+    (furniture, state), (elsewhere, _), (again, repeated) = play(3, 6), play(4, 3), play(3, 6)
+    assert np.array_equal(furniture, again) and np.array_equal(state, repeated)
+    assert not np.array_equal(furniture, elsewhere)
+    assert env.max_steps == 220 and env.steps == 6
+
+
+def test_it_is_the_stored_state_that_an_episode_starts_from(libero):
+    """Settled for half a second, things stand where their own stored state says, not where any other does."""
+    env = libero("libero_object").make((), 0)
+    states = evaluate.stored_states(env.root, "libero_object", SOUP)
+    assert states.shape[0] == 50
+    for start in (0, 49):
+        env.reset(SOUP, start)
+        apart = np.abs(env.sim.get_sim_state() - states)[:, 10:59].reshape(50, 7, 7)      # things, poses
+        apart = apart[..., :2].max((1, 2))                                            # (50,) m, horizontally
+        assert apart.argmin() == start and apart[start] < 0.002 < 0.005 < np.median(apart)
+
+
+def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
+    """Same states, drawn by both: upright, same size, apart by JPEG alone; proprioception, too."""
+    env = libero("libero_object").make(("agentview", "wrist"), 64)
+    seen, states, actions = [env.reset(SOUP, 0)], [env.sim.get_sim_state()], []
+    for _ in range(6):
+        actions.append(REACH)
+        seen.append(env.step(actions[-1])[0])
+        states.append(env.sim.get_sim_state())
+    model = env.sim.sim.model
+    poses = {n: [model.body_pos[i].tolist(), model.body_quat[i].tolist()] for n in model.body_names
+             if "main" in n for i in [model.body_name2id(n)]}
+    with h5py.File(tmp_path / f"{SOUP}_demo.hdf5", "w") as f:
+        demo = f.create_group("data/demo_0")
+        f["data"].attrs["bddl_file_name"] = f"libero_object/{SOUP}.bddl"
+        demo.attrs["fixture_poses"] = json.dumps(poses)
+        demo["states"], demo["actions"] = np.array(states), np.array([*actions, actions[-1]])
+    prepare_data.main(["libero", "--render", "--keep-failures", "--input", str(tmp_path), "--out",
+                       str(tmp_path / "out"), "--image-size", "64", "--workers", "1", "--min-frames", "3"])
+    data = prepare_data.EpisodeDataset(tmp_path / "out", 2)
+    for t in range(5):
+        item = data[t]
+        assert torch.allclose(item["obs"]["proprio"], torch.from_numpy(seen[t]["proprio"]), atol=5e-3)
+        assert torch.equal(item["actions"][0], torch.from_numpy(REACH).float())
+        for camera, picture in seen[t]["images"].items():
+            stored = item["obs"]["images"][camera].permute(1, 2, 0).numpy().astype(float)
+            assert stored.shape == picture.shape and np.abs(stored - picture).mean() < 2
+            flipped, mirrored = (np.abs(x - picture).mean() for x in (stored[::-1], stored[:, ::-1]))
+            assert flipped > 10 and mirrored > 5
+
+
+def write_checkpoint(path, instruction):
+    torch.manual_seed(0)
+    config = dict(policy="baku", cameras=["agentview", "wrist"], image_size=32, chunk=4, text_dim=512,
+                  proprio_dim=8, action_dim=7, latent_dim=7, latent_norm=True, head="action",
+                  proprio_dropout=0.0, **(BAKU.SIZES["tiny"] | dict(width=64, layers=1, heads=2, channels=8)))
+    policy = make_policy(config)
+    policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7})
+    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(),
+                               text_encoder="hash", data={"instructions": [instruction]}))
+    return path
+
+
+def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change_nothing(libero, tmp_path):
+    """As in a container: the home folder cannot be written, there is no DISPLAY and nothing on stdin."""
+    checkpoint = write_checkpoint(tmp_path / "last.pt", SOUP.replace("_", " "))
+    outcomes = []
+    for workers in ("2", "0"):
+        out = tmp_path / workers
+        code = ("import os, sys; os.environ.pop('DISPLAY', None); os.environ['HOME'] = '/dev/null/nowhere'; "
+                "import evaluate; evaluate.main(sys.argv[1:])")
+        flags = ["--env", "libero_object", "--checkpoint", str(checkpoint), "--episodes", "2", "--first", "7",
+                 "--max-steps", "8", "--execute", "2", "--workers", workers, "--out", str(out), "--video",
+                 "1", "--no-controls"]
+        done = subprocess.run([sys.executable, "-c", code, *flags], stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, cwd=Path(evaluate.__file__).parent)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        results = json.loads((out / "results.json").read_text())
+        outcomes.append({key: arm["tasks"] for key, arm in results["arms"].items()})
+    assert outcomes[0] == outcomes[1]
+    (tasks,) = outcomes[0].values()
+    assert list(tasks) == [SOUP] and [e["start"] for e in tasks[SOUP]["episodes"]] == [7, 8]
+    assert (out / "videos" / f"{SOUP}_7_failure.mp4").stat().st_size > 1000
+    assert {"mujoco", "robosuite", "libero", "assets", "settle", "gl"} <= set(results["settings"])
+    assert "paper: LAWM, BAKU" in done.stdout and "1 of 10 tasks" in done.stdout
+
+
+@pytest.mark.parametrize("package, found, words", [("mujoco", "3.4.0", "3.3.3"), ("mujoco", "4.0.0", "12 %"),
+                                                   ("robosuite", "1.5.1", "robosuite==1.4.0")])
+def test_a_wrong_version_is_named_with_the_reason(monkeypatch, package, found, words):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: found if name == package else version(name))
+    with pytest.raises(InputError, match=f"^{package} {found} is installed, .*{words}.*pip install"):
+        prepare_data.import_libero()
+
+
+def test_every_task_of_every_suite_has_its_states_and_its_wordings(libero):
+    for suite in evaluate.LIBERO_STEPS:
+        bench = libero(suite)
+        assert len(bench.tasks) == (90 if suite == "libero_90" else 10) and len(bench.starts) == 50
+        assert all(text == text.lower() and "_" not in text and len(text) > 10
+                   for task in bench.tasks.values() for text in task.wordings)
+    soup = libero("libero_object").tasks[SOUP]
+    assert [evaluate.wording(soup, known) for known in ([], [soup.wordings[1]])] == list(soup.wordings)
