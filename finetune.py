@@ -5,6 +5,7 @@
     python finetune.py --smoke                           # a few steps, to see that everything runs
     python finetune.py --resume                          # go on where a stopped run stood, with same result
     python finetune.py --demos-per-task 5                # low data, where pretraining should matter most
+    python finetune.py --data data/libero --steps 6000   # LIBERO on a laptop; the paper's size: README
 
 The world model is thrown away and the policy's last layer is re-initialised (--head reinit, the paper's
 choice). The architecture comes from the checkpoint; further cameras and proprioception are added when the
@@ -21,9 +22,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, InputError, Log, at_least, count, init_from_pretrained, load_checkpoint,
-                    make_policy, open_run, pick_device, policy_numbers, provenance, random_shift, run,
-                    save_checkpoint, to_device)
+from models import (POLICIES, InputError, Log, at_least, colour_jitter, count, init_from_pretrained,
+                    load_checkpoint, make_policy, open_run, pick_device, policy_numbers, provenance,
+                    random_shift, run, save_checkpoint, to_device)
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6)
@@ -45,6 +46,8 @@ def arguments(argv):
                    help="leave proprioception out even where the data have it")
     g.add_argument("--shift", type=int, default=4,
                    help="random shift of each image, pixels; 0 = off (default %(default)s)")
+    g.add_argument("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each "
+                   "image times 1 +- this; release 0.3 on LIBERO (default %(default)s)")
     g.add_argument("--workers", type=int, default=0,
                    help="loader processes; 4 to 8 on a large machine (default %(default)s)")
     g = p.add_argument_group("policy")
@@ -151,7 +154,7 @@ def main(argv=None):
     checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "workers", "log_every",
                                       "save_every", "eval_every"})
     at_least(args, 1, "chunk", "steps", "batch_size", "log_every", "save_every", "eval_every")
-    at_least(args, 0, "shift", "workers", "warmup", "threads", "seed")
+    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed")
     origin = provenance()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -216,7 +219,8 @@ def main(argv=None):
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
         # DEVIATION: images are shifted, each on its own, and proprioception is dropped for a share of the
         # samples (models.py): else a policy from few demonstrations replays its own pose and does not look.
-        batch["obs"]["images"] = {c: random_shift(x, args.shift) for c, x in batch["obs"]["images"].items()}
+        batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
+                                  for c, x in batch["obs"]["images"].items()}
 
         loss, logs = policy.loss(batch)                                               # (Eq. 6)
         loss.backward()

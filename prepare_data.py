@@ -977,6 +977,8 @@ def import_libero(assets=None):
         root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["LIBERO_CONFIG_PATH"] = folder
+        if not os.access(os.path.expanduser("~"), os.W_OK):
+            os.environ.setdefault("MPLCONFIGDIR", folder)                # matplotlib would complain
         with open(os.path.join(folder, "config.yaml"), "w") as f:        # JSON is YAML
             json.dump({"benchmark_root": root, "bddl_files": f"{root}/bddl_files", "datasets": folder,
                        "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)

@@ -245,6 +245,17 @@ def test_random_shift_moves_all_frames_of_a_sample_alike():
     assert m.random_shift(video, 0) is video
 
 
+def test_colour_jitter_keeps_the_picture_and_changes_its_light():
+    torch.manual_seed(0)
+    images = torch.randint(60, 196, (64, 3, 8, 8), dtype=torch.uint8)
+    changed = m.colour_jitter(images, 0.3)
+    assert changed.dtype == torch.uint8 and m.colour_jitter(images, 0) is images
+    before, after = (x.float().flatten(1) for x in (images, changed))
+    ratio = after.mean(1) / before.mean(1)   # each image its own light
+    assert 0.69 < ratio.min() < 0.8 and 1.2 < ratio.max() < 1.31
+    assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(before, after)) > 0.9
+
+
 # ---- text ----
 
 def test_hash_embedding_is_the_same_everywhere_and_tells_tasks_apart():
