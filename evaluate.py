@@ -2,7 +2,7 @@
 
     python evaluate.py                                         # runs/finetune/last.pt on the twin, 30 starts
     python evaluate.py --env libero_object                     # a LIBERO suite: 50 stored starts of each task
-    python evaluate.py --env libero_10 --protocol paper        # 10 trials per task, as in the paper
+    python evaluate.py --env libero_10 --protocol paper        # 10 trials per task, the paper's number
     python evaluate.py --env libero_goal --tasks 0,3 --episodes 5 --first 10   # starts 10 to 14 of two tasks
     python evaluate.py --compare runs/scratch/last.pt          # from the same starts, McNemar's exact test
     python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: what can be reached
@@ -18,7 +18,7 @@ order, in any process and with any number of them, so two policies meet on equal
     videos/          task_start_success.mp4 or task_start_failure.mp4
 
 Processes: --workers of them simulate and draw, each one episode at a time, and ask this one for actions. It
-answers all who wait in one forward pass. A worker that resets or builds a scene keeps nobody waiting.
+answers all who wait in forward passes of --batch rows. A worker that resets a scene keeps nobody waiting.
 
 LIBERO's protocol, --protocol full, is the one that most of the field uses: all 50 stored initial states of
 each task, 10 steps in which things settle, at most 220 / 280 / 300 / 520 / 400 steps (spatial, object, goal,
@@ -103,7 +103,7 @@ def twin_benchmark(args, trained):
 
 
 def make_twin(spread, cameras, image_size):
-    return TwinEnv(image_size=image_size, cameras=cameras, spread=spread)
+    return TwinEnv(image_size=image_size or 64, cameras=cameras, spread=spread)      # 0: a control, blind
 
 
 # openvla's and openpi's limits; the release: 300 for all (which cuts Long short), LIBERO itself: 600.
@@ -294,7 +294,7 @@ def check_arm(arm, bench, name):
                              "checkpoint that was finetuned on this robot's data")
     if not set(arm.policy.cameras) <= set(bench.cameras):
         raise InputError(f"{arm.label} looks through {', '.join(arm.policy.cameras)}, {name} has "
-                         f"{', '.join(bench.cameras)}: give a checkpoint that was finetuned on its data")
+                         f"{', '.join(bench.cameras)}: finetune with data whose cameras have these names")
     # An action must span one step of the environment.
     for part in arm.data.get("mixture") or ():
         rate = part["fps"] / part["stride"]
@@ -308,7 +308,8 @@ def to_batch(observations, instructions, policy, device):
     """Observations of environments -> a batch, with only what the policy was made for.
 
     observations [{"images": {camera: (H, W, 3) uint8}, "proprio": (P,)}], instructions [(L,) embedding].
-    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95).
+    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95), and those of videos
+    that are larger than the policy's images were shrunk from another size than is drawn here.
     """
     def tensor(rows):
         return torch.from_numpy(np.stack(rows)).to(device)
@@ -444,6 +445,8 @@ def work(link, bench):
         link.send(("error", str(e)))
     except (EOFError, ConnectionError):                 # the parent is gone
         pass
+    except OSError as e:                                # a film that cannot be written
+        link.send(("error", f"{job.task}, start {job.start}: {e}; finished episodes are kept, --resume"))
     finally:
         for env in envs.values():
             env.close()
@@ -472,6 +475,14 @@ def play_all(jobs, arms, bench, workers):
         return
     context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and torch's threads
     playing, processes = {}, {}                         # link -> job, process
+
+    def died(link):
+        processes[link].join(5)
+        code, job = processes[link].exitcode, playing[link]
+        return InputError(f"a worker died in {job.task}, start {job.start} (exit status {code}"
+                          + (", killed, mostly for memory: fewer --workers" if code == -9 else
+                             ": the traceback above says why") + "); finished episodes are kept, --resume")
+
     try:
         for _ in range(min(workers, len(jobs))):
             link, far = context.Pipe()
@@ -486,11 +497,8 @@ def play_all(jobs, arms, bench, workers):
                 job = playing[link]
                 try:
                     kind, what = link.recv()
-                except (EOFError, ConnectionError):
-                    processes[link].join(5)
-                    raise InputError(f"a worker died in {job.task}, start {job.start} (exit status "
-                                     f"{processes[link].exitcode}; -9: killed, mostly for memory): finished "
-                                     "episodes are kept; fewer --workers, and --resume") from None
+                except (EOFError, OSError):             # OSError: in the middle of a message
+                    raise died(link) from None
                 if kind == "error":
                     raise InputError(what)
                 if kind == "look":
@@ -504,7 +512,10 @@ def play_all(jobs, arms, bench, workers):
                 yield what
             for arm, looks in asked.items():
                 for (link, *_), chunk in zip(looks, arms[arm].chunks([look[1:] for look in looks])):
-                    link.send(chunk)
+                    try:
+                        link.send(chunk)
+                    except OSError:
+                        raise died(link) from None
     finally:
         for link, process in processes.items():
             link.close()
@@ -627,14 +638,14 @@ def summarise(arm, tasks, starts, done):
 
 
 def table(arms):
-    """Markdown table of all arms; whole per cent, since a single episode is worth more than that."""
+    """Markdown table of all arms; whole per cent where a single episode is worth more than that."""
     rows = [("policy", "task", "success", "rate", "Wilson 95 %", "steps when successful")]
     for arm in arms.values():
         for task, r in [*arm["tasks"].items(), ("all", arm["overall"])]:
-            low, high = r["wilson"]
-            steps = r.get("mean_steps_of_successes")
-            rows.append((arm["label"], task, f"{r['successes']}/{r['n']}", f"{100 * r['rate']:.0f} %",
-                         f"[{100 * low:.0f}, {100 * high:.0f}]", f"{steps:.0f}" if steps else ""))
+            steps, digits = r.get("mean_steps_of_successes"), 0 if r["n"] <= 100 else 1
+            rate, low, high = (f"{100 * x:.{digits}f}" for x in (r["rate"], *r["wilson"]))
+            rows.append((arm["label"], task, f"{r['successes']}/{r['n']}", f"{rate} %", f"[{low}, {high}]",
+                         f"{steps:.0f}" if steps else ""))
     return markdown(rows)
 
 
@@ -653,20 +664,20 @@ PAPER = (("paper: BAKU from scratch", 94, 100, 96, 92, 91.4),
          ("paper: LAWM, Diffusion Policy", None, None, None, None, 93.7))
 
 
-def paper_table(out, arm):
-    """The paper's rows, marked as theirs, and ours, from the results of all suites that stand beside `out`.
-    A suite of which only some tasks were run says so."""
-    cells = []
+def paper_table(out, arm, settings):
+    """The paper's rows, marked as theirs, and ours: the suite that was run and the others of this checkpoint
+    whose results, made with the same settings, stand beside `out`. Part of a suite says so."""
+    cells, ours = [], {k: v for k, v in settings.items() if k != "env"}
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"):
         cells.append("not run")     # or not as the protocol says: shortened episodes
-        for path in sorted({out / "results.json", out.parent / f"eval_{suite}" / "results.json"}):
-            results = json.loads(path.read_text()) if path.exists() else {}
-            settings = results.get("settings", {"max_steps": 0})
-            if settings["max_steps"] is None and settings["env"] == suite and arm.key in results["arms"]:
-                ours, (done, there) = results["arms"][arm.key]["overall"], results["tasks"]
-                low, high = (100 * x for x in ours["wilson"])
-                part = "" if done == there else f" ({done} of {there} tasks)"
-                cells[-1] = f"{100 * ours['rate']:.1f} [{low:.0f}, {high:.0f}], n {ours['n']}{part}"
+        path = (out if suite == settings["env"] else out.parent / f"eval_{suite}") / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        if (results.get("settings") == {**ours, "env": suite} and arm.key in results["arms"]
+                and ours["max_steps"] is None):
+            r, (done, there) = results["arms"][arm.key]["overall"], results["tasks"]
+            low, high = (100 * x for x in r["wilson"])
+            part = "" if done == there else f" ({done} of {there} tasks)"
+            cells[-1] = f"{100 * r['rate']:.1f} [{low:.0f}, {high:.0f}], n {r['n']}{part}"
     theirs = [(name, *("–" if x is None else f"{x:g}" for x in rates)) for name, *rates in PAPER]
     return markdown([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, (arm.label, *cells)])
 
@@ -687,6 +698,7 @@ def print_comparison(args, c):
 
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     g = p.add_argument_group("what")
     g.add_argument("--env", choices=ENVIRONMENTS, default="twin", help="default %(default)s")
     g.add_argument("--checkpoint", default="runs/finetune/last.pt", metavar="PATH|noop|random|expert",
@@ -696,7 +708,8 @@ def arguments(argv):
                    help="also run the do-nothing and the random policy from the same starts (default on)")
     g = p.add_argument_group("starts")
     g.add_argument("--protocol", choices=("full", "paper"), default="full", help="episodes per task: full 50 "
-                   "on LIBERO, all its stored states, and 30 on the twin; paper 10 (default %(default)s)")
+                   "on LIBERO, all its stored states, and 30 on the twin; paper 10, in all else the same "
+                   "(default %(default)s)")
     g.add_argument("--tasks", help="comma-separated names or numbers from 0 (default: those whose "
                    "instruction the policy was trained on)")
     g.add_argument("--episodes", type=int, help="per task (default: the protocol's)")
@@ -717,7 +730,7 @@ def arguments(argv):
     g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
                    "i = 0 for the oldest chunk; release 0, a plain mean (default %(default)s)")
     g = p.add_argument_group("run")
-    g.add_argument("--workers", type=int, default=min(os.cpu_count(), 16), help="processes that simulate and "
+    g.add_argument("--workers", type=int, default=min(cores, 16), help="processes that simulate and "
                    "draw; 0 = none but this one. No outcome depends on it (default: the cores, %(default)s)")
     g.add_argument("--video", type=int, default=0, metavar="N",
                    help="film the first N episodes of each task (default %(default)s)")
@@ -736,7 +749,8 @@ def arguments(argv):
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     assert set(SMOKE) <= set(vars(p.parse_args([]))), "SMOKE names a flag that does not exist"
-    args.batch = args.batch or (1 if args.device == "cpu" else 16)
+    if args.batch is None:
+        args.batch = 1 if args.device == "cpu" else 16
     return args
 
 
@@ -775,8 +789,6 @@ def note_differences(arms, bench, tasks):
 
 def choose_starts(args, bench, tasks):
     """-> the starts of every task. InputError for starts and lengths that the environment does not have."""
-    at_least(args, 0, "first", "seed", "workers", "video")
-    at_least(args, 1, "episodes", "batch", "threads")
     episodes = args.episodes or min(bench.episodes[args.protocol], len(bench.starts) - args.first)
     starts = bench.starts[args.first:args.first + episodes]
     if len(starts) < max(episodes, 1):
@@ -791,8 +803,11 @@ def choose_starts(args, bench, tasks):
 
 def main(argv=None):
     args = arguments(argv)
+    at_least(args, 0, "first", "seed", "workers", "video", "decay")
+    at_least(args, 1, "episodes", "batch", "threads")
     pick_device(args.device)
     torch.set_num_threads(args.threads)
+    origin = provenance()
     if args.device != "cpu" and not args.workers:
         raise InputError("--workers 0 would draw and infer in one process, which aborts with some GPU "
                          "drivers: --workers 1 or more, or --device cpu")
@@ -817,7 +832,7 @@ def main(argv=None):
     note_differences(arms.values(), bench, tasks)
     settings = {"env": args.env, **{k: getattr(args, k) for k in (
         "execute", "decay", "max_steps", "seed", "device", "batch", "threads")}, **bench.about,
-        "gl": os.environ.get("MUJOCO_GL")}
+        "gl": os.environ.get("MUJOCO_GL"), "torch": str(torch.__version__)}
     out = Path(args.out or (Path(args.checkpoint).parent if arm.policy else Path("runs", args.checkpoint))
                / f"eval_{args.env}")
     jobs = [Job(arm=key, task=task, start=start, seed=args.seed, chunk=one.policy.chunk if one.policy else 1,
@@ -826,7 +841,7 @@ def main(argv=None):
                 image_size=one.policy.config["image_size"] if one.policy else 0,
                 film=str(out / "videos") if one is arm and start in starts[:args.video] else None)
             for key, one in arms.items() for task in tasks for start in starts]
-    for job in jobs[:1]:
+    for job in jobs:
         ActionChunker(job.chunk, job.execute, job.decay)        # refuses what cannot be, before anything runs
     done = open_results(out, args, settings, list(arms))
 
@@ -840,13 +855,14 @@ def main(argv=None):
           f"starts       {len(tasks)} of {len(bench.tasks)} tasks x {len(starts)}, numbers {starts[0]:,} to "
           f"{starts[-1]:,}, at most {' / '.join(map(str, limits))} steps\n"
           f"execution    chunks of {jobs[0].chunk}, "
-          + (f"{args.execute} actions per look" if args.execute
-             else f"temporal ensembling, decay {args.decay:g}") + f"; {args.workers} workers")
+          + (f"temporal ensembling, decay {args.decay:g}" if jobs[0].execute is None
+             else f"{jobs[0].execute} per look") + f"; {args.workers} workers")
     left = [job for job in jobs if (job.arm, job.task, job.start) not in done]
     clock, steps = time.perf_counter(), 0
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", dynamic_ncols=True) as bar:
         for line in play_all(left, arms, bench, args.workers):
-            append_line(out / "episodes.jsonl", {**line, "settings": settings})
+            line |= {"settings": settings, "commit": origin["commit"], "machine": origin["machine"]}
+            append_line(out / "episodes.jsonl", line)
             done[line["arm"], line["task"], line["start"]] = line
             steps += line["steps"]
             bar.set_postfix_str(f"{arms[line['arm']].label[-30:]} {line['task'][:40]} "
@@ -863,21 +879,27 @@ def main(argv=None):
                "speed": {"workers": args.workers, "wall_s": wall, "steps": steps,
                          "looks": sum(a.looks for a in arms.values()),
                          "policy_s": sum(a.seconds for a in arms.values())},
-               "provenance": provenance()}
+               "made_by": sorted({f"{line['commit']}, {line['machine']}" for line in done.values()}),
+               "provenance": origin}
     print("\n" + table(results["arms"]))
+    if len(results["made_by"]) > 1:
+        print(f"note         episodes of different code or machines: {'; '.join(results['made_by'])}")
     if args.compare:
         ours, other = ([done[key, t, s]["success"] for t in tasks for s in starts] for key in list(arms)[:2])
         results["comparison"] = {"other": args.compare, "other_hash": list(arms)[1]} | mcnemar(ours, other)
         print_comparison(args, results["comparison"])
     write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     if args.env in LIBERO_STEPS and arm.policy:
-        print("\nbeside the paper's Table I (success in %; theirs: 10 trials per task, no interval):\n\n"
-              + paper_table(out, arm))
+        print("\nbeside the paper's Table I (success in %; theirs: 10 trials per task, no interval). To compare,\n"
+              f"LIBERO's own demonstrations and meshes are needed (these: {bench.about['assets']}):\n\n"
+              + paper_table(out, arm, settings))
     if steps:
         looks, policy = results["speed"]["looks"], results["speed"]["policy_s"]
         print(f"\nspeed        {steps / wall:.0f} steps/s in {args.workers} workers; policy "
               f"{1000 * policy / max(looks, 1):.1f} ms per look, {100 * policy / wall:.0f} % of the time")
-    films = len(list((out / "videos").glob("*.mp4")))
+    films = len([path for path in (out / "videos").glob("*.mp4") if not path.name.startswith("partial_")])
+    if films < sum(bool(job.film) for job in jobs):
+        print("note         episodes that stood in OUT were not filmed again: --overwrite plays all anew")
     print(f"\nwrote        {out}/results.json, episodes.jsonl" + (f", videos/ ({films})" if films else ""))
 
 

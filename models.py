@@ -897,7 +897,7 @@ def by_position(obs, cameras):
 def at_least(args, low, *names):
     """InputError for the first of these flags that is smaller than low."""
     for name in names:
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
+        if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} takes {low} or more, got {getattr(args, name)}")
 
 

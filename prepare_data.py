@@ -964,6 +964,8 @@ def import_libero(assets=None):
     /tmp/robosuite.log, which may be another user's: none of it here, its settings go to a temporary folder.
     """
     import robot  # noqa: F401  (chooses EGL or OSMesa before mujoco is imported)
+    if os.environ.get("MUJOCO_GL") == "disable":
+        raise InputError("no OpenGL to render images with: apt-get install libegl1 libgl1 libosmesa6")
     spec = importlib.util.find_spec("libero")
     if spec is None:
         raise InputError("the simulator is not installed: pip install -r requirements.txt")
@@ -975,6 +977,8 @@ def import_libero(assets=None):
     package = spec.submodule_search_locations[0]
     if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
         root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
+        if not os.access(package, os.W_OK):          # numba would cache in the home folder, or fail
+            os.environ.setdefault("NUMBA_CACHE_DIR", folder)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["LIBERO_CONFIG_PATH"] = folder
         if not os.access(os.path.expanduser("~"), os.W_OK):
@@ -982,10 +986,9 @@ def import_libero(assets=None):
         with open(os.path.join(folder, "config.yaml"), "w") as f:        # JSON is YAML
             json.dump({"benchmark_root": root, "bddl_files": f"{root}/bddl_files", "datasets": folder,
                        "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)
-    if not os.access(package, os.W_OK):              # numba would cache in the home folder, or fail
-        os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
     macros = types.ModuleType("robosuite.macros_private")                # robosuite's own place for settings
     macros.CONSOLE_LOGGING_LEVEL, macros.FILE_LOGGING_LEVEL = "ERROR", None
+    macros.MUJOCO_GPU_RENDERING = False              # else it overrules MUJOCO_GL
     sys.modules.setdefault(macros.__name__, macros)
     from libero import libero
     given = assets or os.environ.get("LIBERO_ASSETS")
@@ -1013,7 +1016,8 @@ def libero_simulator(bddl, assets, seed=0):
     if bddl not in _simulator:
         close_simulator()
         import_libero(assets)
-        from libero.libero.envs import OffScreenRenderEnv
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)     # robosuite takes it for the number of an EGL device;
+        from libero.libero.envs import OffScreenRenderEnv    # MUJOCO_EGL_DEVICE_ID is one
         env = OffScreenRenderEnv(bddl_file_name=bddl, use_camera_obs=False)    # libero_observation draws
         reset_simulator(env, seed)
         atexit.unregister(close_simulator)           # OpenGL has registered its end by now; ours, being
@@ -1030,6 +1034,7 @@ def reset_simulator(env, seed):
     """
     np.random.seed(seed)
     env.env.object_property_initializers.clear()
+    env.env.visualization_sites_list.clear()
     env.env.reset()                                  # env.reset() would swallow every error and try for ever
 
 
@@ -1043,9 +1048,10 @@ def libero_observation(env, cameras, image_size):
 
 
 def libero_image(env, camera, image_size):
-    """(H, W, 3) uint8 RGB, upright: OpenGL draws from below."""
-    name = LIBERO_CAMERAS[camera][1].removesuffix("_image")
-    return np.ascontiguousarray(env.sim.render(width=image_size, height=image_size, camera_name=name)[::-1])
+    """(H, W, 3) uint8 RGB, upright: OpenGL draws from below. Smaller images than LIBERO's own 128 pixels are
+    drawn at that and shrunk, as those in its files are."""
+    name, drawn = LIBERO_CAMERAS[camera][1].removesuffix("_image"), max(image_size, 128)
+    return shrink(env.sim.render(width=drawn, height=drawn, camera_name=name)[::-1], image_size, "squash")
 
 
 def task_simulator(f, path, args):
@@ -1091,10 +1097,10 @@ def draw_states(f, demo, path, args):
 
 
 def show_state(env, state):
-    """Set the simulator to a flattened state; what shines, shines."""
+    """Set the simulator to a flattened state, as its regenerate_obs_from_state does: a stove may glow."""
     env.set_state(state)
     env.sim.forward()
-    env.check_success()                              # it is this that notes whether a stove is on
+    env.check_success()
     env._post_process()
 
 

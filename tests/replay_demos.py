@@ -16,7 +16,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate  # noqa: E402
-from prepare_data import natural, place_scene, stored_observations  # noqa: E402
+from models import InputError  # noqa: E402
+from prepare_data import natural, place_scene, show_state, stored_observations  # noqa: E402
 
 
 def replay(env, task, demo):
@@ -32,9 +33,8 @@ def compare_pictures(env, task, f, demo):
     stored, _, after = stored_observations(f, demo, args)
     apart = {camera: [] for camera in env.cameras}
     for t in range(0, len(demo["states"]) - 1, 10):
-        seen = env.begin(task, demo["states"][t + after].astype(np.float64), 0,
-                         place=lambda sim: place_scene(sim, demo))
-        for camera, picture in seen["images"].items():
+        show_state(env.sim, demo["states"][t + after].astype(np.float64))
+        for camera, picture in env.observe()["images"].items():
             apart[camera].append(np.abs(stored[camera][t].astype(float) - picture).mean())
     return {camera: float(np.mean(values)) for camera, values in apart.items()}
 
@@ -67,6 +67,8 @@ def main(argv=None):
                     line += f"; pictures differ by {apart} of 255"
             tqdm.write(line)
         env.close()
+    if not count:
+        raise InputError(f"no <suite>/<task>_demo.hdf5 in {args.demos}: --demos names the folder of suites")
     low, high = evaluate.rate_with_intervals(wins, count)["wilson"]
     print(f"{wins} of {count} succeed: {100 * wins / count:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
 

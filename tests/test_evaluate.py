@@ -18,7 +18,7 @@ TASKS = {"push": evaluate.Task(("push the cup", "push it"), 20), "pull": evaluat
          "lift": evaluate.Task(("lift the cup",), 30)}
 
 
-KILL, REFUSE = 1, 2                     # starts at which a worker dies, or says why it cannot go on
+KILL, REFUSE, KILL_LATER = 1, 2, 3      # starts at which a worker dies, or says why it cannot go on
 
 
 class FakeEnv:
@@ -31,6 +31,7 @@ class FakeEnv:
     def reset(self, task, start):
         if start == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
+        self.start = start
         if start == REFUSE:
             raise InputError("no such start")
         FakeEnv.resets.append((task, start))
@@ -49,6 +50,8 @@ class FakeEnv:
 
     def step(self, action, look=True):
         self.x, self.steps = self.x + action[0], self.steps + 1
+        if self.start == KILL_LATER and self.steps == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         success = self.x > self.mark
         return self.observe() if look else None, success or self.steps >= self.max_steps, success
 
@@ -138,6 +141,7 @@ def test_a_row_of_a_forward_pass_does_not_know_its_company(tmp_path, bench):
 def test_a_worker_that_dies_or_refuses_is_one_line(bench):
     job = evaluate.Job("noop", "push", 1_000_000, 0, 1, 1, 0.0, None, (), 0, None)
     for start, message in ((KILL, "a worker died in push, start 1 .*status -9.* --workers"),
+                           (KILL_LATER, "a worker died in push, start 3 .*status -9.* --workers"),
                            (REFUSE, "^no such start$")):
         with pytest.raises(InputError, match=message):
             list(evaluate.play_all([job._replace(start=start)], {}, bench, 1))
@@ -311,6 +315,10 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
                            (("--checkpoint", good, "--first", "48", "--episodes", "3"), "50 starts per task"),
                            (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
                            (("--checkpoint", good, "--execute", "5"), "1 to 4"),
+                           (("--checkpoint", "expert", "--compare", good, "--execute", "5"), "1 to 4"),
+                           (("--checkpoint", good, "--threads", "0"), "--threads takes 1 or more"),
+                           (("--checkpoint", good, "--batch", "0"), "--batch takes 1 or more"),
+                           (("--checkpoint", good, "--decay", "nan"), "--decay"),
                            (("--checkpoint", good, "--max-steps", "21"), "1 to 20"),
                            (("--checkpoint", good, "--compare", good), "another checkpoint"),
                            (("--checkpoint", str(tmp_path / "absent.pt")), "no checkpoint at")):
@@ -387,7 +395,38 @@ def test_two_policies_meet_on_the_same_starts(tmp_path):
     assert results["comparison"] | evaluate.mcnemar(ours, other) == results["comparison"]
 
 
+def test_the_papers_rows_stand_beside_ours_and_only_what_is_alike_is_ours(tmp_path):
+    """Other suites count when made with the same settings; a part of a suite says so."""
+    arm = evaluate.Arm("abc", "mine")
+    settings = {"env": "libero_goal", "max_steps": None, "execute": 5}
+
+    def write(folder, done, tasks, **other):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "results.json").write_text(json.dumps({
+            "settings": settings | other, "tasks": tasks,
+            "arms": {"abc": {"overall": evaluate.rate_with_intervals(done, 100)}}}))
+
+    write("here", 50, [10, 10])
+    write("eval_libero_goal", 99, [10, 10])                                # an older run of the same suite
+    write("eval_libero_10", 30, [3, 10], env="libero_10")
+    write("eval_libero_object", 70, [10, 10], env="libero_object", execute=1)
+    last = evaluate.paper_table(tmp_path / "here", arm, settings).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")[1:-1]] == [
+        "mine", "not run", "not run", "50.0 [40, 60], n 100", "30.0 [22, 40], n 100 (3 of 10 tasks)",
+        "not run"]
+    short = settings | {"max_steps": 20}
+    write("here", 50, [10, 10], max_steps=20)
+    assert evaluate.paper_table(tmp_path / "here", arm, short).splitlines()[-1].count("not run") == 5
+
+
 # ---- the twin itself -------------------------------------------------------------------------------------
+
+
+def test_controls_and_the_expert_run_on_the_twin_with_worker_processes(tmp_path):
+    evaluate.main(["--checkpoint", "expert", "--tasks", "0", "--episodes", "1", "--max-steps", "3",
+                   "--workers", "1", "--out", str(tmp_path)])
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert list(arms) == ["expert", "noop", "random"] and all(a["overall"]["n"] == 1 for a in arms.values())
 
 
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
