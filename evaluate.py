@@ -106,10 +106,10 @@ def make_twin(spread, cameras, image_size):
     return TwinEnv(image_size=image_size or 64, cameras=cameras, spread=spread)      # 0: a control, blind
 
 
-# openvla's and openpi's limits; the release: 300 for all (which cuts Long short), LIBERO itself: 600.
+# openvla's and openpi's limits. UPSTREAM: 300 for all, which cuts Long short; LIBERO itself: 600.
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
                 "libero_90": 400}
-LIBERO_SETTLE = 10                                              # steps; the release: 5
+LIBERO_SETTLE = 10                                              # steps, openvla's; UPSTREAM: 5
 LIBERO_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])               # -1: the gripper stays open
 
 
@@ -890,7 +890,7 @@ def main(argv=None):
         print_comparison(args, results["comparison"])
     write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     if args.env in LIBERO_STEPS and arm.policy:
-        print("\nbeside the paper's Table I (success in %; theirs: 10 trials per task, no interval). To compare,\n"
+        print("\nbeside the paper's Table I (success in %; theirs: 10 trials per task). To compare,\n"
               f"LIBERO's own demonstrations and meshes are needed (these: {bench.about['assets']}):\n\n"
               + paper_table(out, arm, settings))
     if steps:
