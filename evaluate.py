@@ -9,6 +9,7 @@
     python evaluate.py --resume                                # go on where a stopped run stood, same result
     python evaluate.py --video 3                               # mp4 of the first 3 episodes of every task
     python evaluate.py --smoke                                 # two short episodes per task
+    python evaluate.py --figure runs/*/eval_twin/results.json  # finished runs side by side: table, figure.png
 
 No training episode has any of these starts. Success of the same (policy, task, start) is the same in any
 order, in any process and with any number of them, so two policies meet on equal terms. Writes, under --out:
@@ -49,6 +50,7 @@ from typing import Callable, NamedTuple
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import binom, binomtest
 from tqdm import tqdm
 
@@ -319,6 +321,8 @@ def to_batch(observations, instructions, policy, device):
     batch = {"images": images, "instruction": tensor(instructions)}                   # (B, L)
     if policy.config["proprio_dim"]:
         batch["proprio"] = tensor([np.asarray(o["proprio"], np.float32) for o in observations])      # (B, P)
+    if "noise" in observations[0]:
+        batch["noise"] = tensor([o["noise"] for o in observations])                   # (B, n, 7)
     return batch
 
 
@@ -413,9 +417,14 @@ def play(bench, envs, job, ask):
         envs[view] = bench.make(*view)
     env = envs[view]
     if job.arm in CONTROLS:
-        ask = control(job.arm, bench, env, job.task, job.start, job.seed)
+        ask_for = control(job.arm, bench, env, job.task, job.start, job.seed)
+    else:       # what a policy draws at random comes from here: it follows from the episode alone
+        rng = np.random.default_rng([job.seed, job.start, list(bench.tasks).index(job.task), 8])
+
+        def ask_for(obs):
+            return ask({**obs, "noise": rng.standard_normal((job.chunk, len(bench.still)), np.float32)})
     film = Film(env, bench.cameras, bench.hz) if job.film else None
-    success, actions = rollout(env, ask, ActionChunker(job.chunk, job.execute, job.decay), job.task,
+    success, actions = rollout(env, ask_for, ActionChunker(job.chunk, job.execute, job.decay), job.task,
                                job.start, job.max_steps, film)
     if film:
         film.write(Path(job.film), f"{job.task}_{job.start}", bench.tasks[job.task].wordings[0], success)
@@ -682,6 +691,33 @@ def paper_table(out, arm, settings):
     return markdown([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, (arm.label, *cells)])
 
 
+def draw_figure(paths, path):
+    """Bars of success with Wilson intervals, one per results.json, in the order given and coloured by policy;
+    the same as a table on the screen. Each is named after its run folder: RUN/eval_twin/results.json."""
+    bars, rows = [], [("run", "policy", "success", "rate", "Wilson 95 %", "commit and machine")]
+    for file in map(Path, paths):
+        try:
+            results = json.loads(file.read_text())
+            overall, policy = results["arms"][results["hash"]]["overall"], results.get("policy", "control")
+        except (ValueError, KeyError, OSError) as e:
+            raise InputError(f"{file} is no results.json of this script ({type(e).__name__})") from e
+        name, (low, high) = file.absolute().parts[-3], overall["wilson"]
+        bars.append((name, policy, overall["rate"], low, high))
+        rows.append((name, policy, f"{overall['successes']}/{overall['n']}", f"{100 * overall['rate']:.0f} %",
+                     f"[{100 * low:.0f}, {100 * high:.0f}]", "; ".join(results["made_by"])))
+    print(markdown(rows))
+    figure = Figure(figsize=(6.5, 1 + 0.3 * len(bars)), layout="constrained")
+    axes, kinds = figure.subplots(), list(dict.fromkeys(policy for _, policy, *_ in bars))
+    for y, (name, policy, rate, low, high) in enumerate(bars):
+        axes.barh(y, 100 * rate, color=f"C{kinds.index(policy)}")
+        axes.plot([100 * low, 100 * high], [y, y], color="black")
+    axes.set(yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars], xlim=(0, 100),
+             xlabel="success (%), 95 % intervals over starts, not over training seeds")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=130)
+    print(f"\nwrote        {path}")
+
+
 def print_comparison(args, c):
     n, least = c["n"], c["detectable_difference"]
     print(f"\n{args.checkpoint} minus {args.compare}: {100 * c['difference']:+.0f} points "
@@ -725,11 +761,13 @@ def arguments(argv):
                    "$LIBERO_ASSETS, else the package's own, else its download)")
     g = p.add_argument_group("chunk execution")
     g.add_argument("--execute", type=int, metavar="H", help="execute H actions of a chunk, then look again; "
-                   "nothing is drawn in between (default: look at every step and average the live chunks, "
-                   "temporal ensembling, as the paper does)")
+                   "nothing is drawn in between; 0: look at every step and average the live chunks, temporal "
+                   "ensembling, as the paper does (default: the policy's own, diffusion 8, others 0)")
     g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
                    "i = 0 for the oldest chunk; release 0, a plain mean (default %(default)s)")
     g = p.add_argument_group("run")
+    g.add_argument("--figure", nargs="+", metavar="RESULTS", help="run nothing, draw these results.json: "
+                   "figure.png in --out, else here")
     g.add_argument("--workers", type=int, default=min(cores, 16), help="processes that simulate and "
                    "draw; 0 = none but this one. No outcome depends on it (default: the cores, %(default)s)")
     g.add_argument("--video", type=int, default=0, metavar="N",
@@ -801,9 +839,18 @@ def choose_starts(args, bench, tasks):
     return starts
 
 
+def executed(args, policy):
+    """Actions per look, None = temporal ensembling: --execute, else the policy's own; a control's: 1."""
+    if not policy:
+        return 1
+    return (min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute) or None
+
+
 def main(argv=None):
     args = arguments(argv)
-    at_least(args, 0, "first", "seed", "workers", "video", "decay")
+    if args.figure:
+        return draw_figure(args.figure, Path(args.out or ".") / "figure.png")
+    at_least(args, 0, "first", "seed", "workers", "video", "decay", "execute")
     at_least(args, 1, "episodes", "batch", "threads")
     pick_device(args.device)
     torch.set_num_threads(args.threads)
@@ -836,7 +883,7 @@ def main(argv=None):
     out = Path(args.out or (Path(args.checkpoint).parent if arm.policy else Path("runs", args.checkpoint))
                / f"eval_{args.env}")
     jobs = [Job(arm=key, task=task, start=start, seed=args.seed, chunk=one.policy.chunk if one.policy else 1,
-                execute=args.execute if one.policy else 1, decay=args.decay, max_steps=args.max_steps,
+                execute=executed(args, one.policy), decay=args.decay, max_steps=args.max_steps,
                 cameras=tuple(one.policy.cameras) if one.policy else (),
                 image_size=one.policy.config["image_size"] if one.policy else 0,
                 film=str(out / "videos") if one is arm and start in starts[:args.video] else None)
@@ -872,6 +919,7 @@ def main(argv=None):
 
     # ---- results ----
     results = {"checkpoint": args.checkpoint, "hash": arm.key, "step": arm.checkpoint.get("step"),
+               "policy": arm.policy.config["policy"] if arm.policy else "control",
                "protocol": args.protocol, "settings": settings, "tasks": [len(tasks), len(bench.tasks)],
                "starts": [starts[0], starts[-1]], "limits": limits,
                "arms": {key: summarise(one, tasks, starts, done) for key, one in arms.items()},

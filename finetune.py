@@ -13,6 +13,7 @@ data have them; what is new is printed by name. Writes last.pt, metrics.jsonl an
 Default run, measured on two CPU cores: 4 to 5 minutes, 0.8 GB. On a GPU: not run.
 """
 import argparse
+import copy
 import math
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from models import (POLICIES, InputError, Log, at_least, colour_jitter, count, i
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6)
-SCRATCH = dict(policy="baku", policy_size="tiny", chunk=10)
+SCRATCH = dict(policy="baku", policy_size="tiny", chunk=None)
 
 
 def arguments(argv):
@@ -55,13 +56,17 @@ def arguments(argv):
                    help="checkpoint to start from, or the word scratch (default %(default)s)")
     g.add_argument("--head", choices=("reinit", "add"), default="reinit", help="new last layer, or one more "
                    "layer behind the latent actions; paper reinit (default %(default)s)")
+    g.add_argument("--freeze-steps", type=int, default=0, help="first steps in which only what is new is "
+                   "trained; 0 = off, release (default %(default)s)")
+    g.add_argument("--ema", type=float, help="decay of the averaged weights, which are then evaluated; 0 = "
+                   "off (default: diffusion 0.9999, as the release, others 0)")
     g.add_argument("--proprio-dropout", type=float, default=0.3, help="share of samples that do not see "
                    "their own pose; 0 = off, release (default %(default)s)")
     g = p.add_argument_group("policy, only with --init scratch (else the checkpoint says)")
     g.add_argument("--policy", choices=POLICIES, help=f"default {SCRATCH['policy']}")
     g.add_argument("--policy-size", help=f"tiny or paper (default {SCRATCH['policy_size']})")
-    g.add_argument("--chunk", type=int,
-                   help=f"n, actions per chunk; paper 10 for BAKU (default {SCRATCH['chunk']})")
+    g.add_argument("--chunk", type=int, help="n, actions per chunk; paper 10 for BAKU, 16 for diffusion "
+                   "(default: " + ", ".join(f"{name} {cls.CHUNK}" for name, cls in POLICIES.items()) + ")")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=1500, help="optimiser steps (default %(default)s)")
     g.add_argument("--batch-size", type=int, default=32,
@@ -98,14 +103,17 @@ def starting_point(args):
     """What --init names -> pretrained checkpoint, or None for scratch; the chunk length either way."""
     given = [k for k in SCRATCH if getattr(args, k) is not None]
     if args.init == "scratch":
-        if args.head == "add":
-            raise InputError("--head add puts a layer behind pretrained latent actions: "
-                             "it needs --init CHECKPOINT")
-        return None, args.chunk or SCRATCH["chunk"]
+        for flag, given_too in (("--head add", args.head == "add"), ("--freeze-steps", args.freeze_steps)):
+            if given_too:
+                raise InputError(f"{flag} keeps what was pretrained: it needs --init CHECKPOINT")
+        return None, args.chunk or POLICIES[args.policy or SCRATCH["policy"]].CHUNK
     if given:
         raise InputError(f"--{given[0].replace('_', '-')} goes with --init scratch; {args.init} brings its "
                          "own architecture")
     checkpoint = load_checkpoint(args.init)
+    if args.head == "add" and checkpoint["config"]["head"] == "action":
+        raise InputError(f"--head add puts a layer behind latent actions, and {args.init} has none: leave it "
+                         "out")
     return {k: checkpoint[k] for k in ("config", "policy", "text_encoder")}, checkpoint["config"]["chunk"]
 
 
@@ -113,7 +121,7 @@ def policy_config(args, pretrained, data):
     """Architecture from the checkpoint or the scratch flags, cameras and proprioception from the data."""
     if pretrained is None:
         choice = {k: getattr(args, k) or default for k, default in SCRATCH.items()}
-        config = dict(policy=choice["policy"], chunk=choice["chunk"], latent_dim=7, latent_norm=False,
+        config = dict(policy=choice["policy"], chunk=data.chunk, latent_dim=7, latent_norm=False,
                       image_size=data.image_size, text_dim=data.text_dim,
                       **policy_numbers(choice["policy"], choice["policy_size"]))
         text_encoder = data.text_encoder
@@ -145,6 +153,16 @@ def validate(policy, data, device, windows=512):
     return errors / valid
 
 
+@torch.no_grad()
+def average(averaged, policy, decay):
+    """averaged <- decay * averaged + (1 - decay) * policy, in place."""
+    for mean, now in zip(averaged.state_dict().values(), policy.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(now, 1 - decay)
+        else:
+            mean.copy_(now)
+
+
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
@@ -154,7 +172,9 @@ def main(argv=None):
     checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "workers", "log_every",
                                       "save_every", "eval_every"})
     at_least(args, 1, "chunk", "steps", "batch_size", "log_every", "save_every", "eval_every")
-    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed")
+    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "freeze_steps")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise InputError(f"--ema takes a decay from 0 to below 1, got {args.ema}")
     origin = provenance()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -177,10 +197,12 @@ def main(argv=None):
     config = checkpoint["config"] if checkpoint else policy_config(args, pretrained, train)
     policy = make_policy(config)
     print(f"policy       {config['policy']}, {count(policy):,} parameters, chunk {chunk}, from {args.init}")
+    new = checkpoint["new"] if checkpoint else []
     if pretrained:
         names = init_from_pretrained(policy, pretrained["policy"], args.init)
         for kind, keys in names.items():
             print(f"{kind:12s} {len(keys)} tensors" + (f": {', '.join(keys)}" if kind != "loaded" else ""))
+        new = names["new"]
     policy.action_norm.fit(train.limits("actions"))
     if config["proprio_dim"]:
         policy.proprio_norm.fit(train.limits("proprio"))
@@ -189,6 +211,8 @@ def main(argv=None):
     print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes; cameras "
           f"{', '.join(train.cameras)}")
     policy = policy.to(device)
+    decay = policy.EMA if args.ema is None else args.ema
+    averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=args.weight_decay, fused=True)
     start = 0
@@ -196,7 +220,8 @@ def main(argv=None):
         if checkpoint["fingerprint"] != train.fingerprint:
             raise InputError(f"{' '.join(args.data)} is not the data that {out}/last.pt was trained on: "
                              "restore it, or give another --out")
-        policy.load_state_dict(checkpoint["policy"])
+        averaged.load_state_dict(checkpoint["policy"])
+        policy.load_state_dict(checkpoint["last_weights"] or checkpoint["policy"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
@@ -217,12 +242,15 @@ def main(argv=None):
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
+        if args.freeze_steps and step in (start, args.freeze_steps):
+            for name, parameter in policy.named_parameters():
+                parameter.requires_grad_(step >= args.freeze_steps or name in new)
         # DEVIATION: images are shifted, each on its own, and proprioception is dropped for a share of the
         # samples (models.py): else a policy from few demonstrations replays its own pose and does not look.
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
                                   for c, x in batch["obs"]["images"].items()}
 
-        loss, logs = policy.loss(batch)                                               # (Eq. 6)
+        loss, logs = policy.loss(batch)                                               # (Eq. 6), (Eq. 7)
         loss.backward()
         if not loss.isfinite():
             raise InputError(f"loss is {loss.item()} at step {step}: lower --lr or --clip; "
@@ -230,21 +258,24 @@ def main(argv=None):
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
         done = step + 1
+        if decay:                                          # early on over the last tenth of the steps
+            average(averaged, policy, min(decay, (1 + done) / (10 + done)))
+
         bar.update()
         if done % args.log_every == 0 or done == args.steps:
-            log(done, {"loss": loss.item(), "l1": logs["l1"], "grad_norm/policy": norm.item(),
+            log(done, {"loss": loss.item(), **logs, "grad_norm/policy": norm.item(),
                        "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
         if done % args.eval_every == 0 or done == args.steps:
             policy.eval()
-            error = validate(policy, held_out, device)
+            error = validate(averaged, held_out, device)
             policy.train()
             log(done, {f"val_l1/{i}": e.item() for i, e in enumerate(error)})
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(out / "last.pt", dict(
-                stage="finetune", step=done, config=config, policy=policy.state_dict(),
+                stage="finetune", step=done, config=config, policy=averaged.state_dict(),
+                last_weights=policy.state_dict() if decay else None, new=new,
                 optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
                 data=train.attrs, fingerprint=train.fingerprint,
                 provenance=origin))

@@ -1,4 +1,4 @@
-"""The models of LAWM (arXiv 2509.18428): policies, world model, and what every stage shares with the others.
+"""The models of LAWM (arXiv 2509.18428): policies, and what every stage shares with the others.
 
     stage 1, pretrain.py  (video, no actions)             stage 2, finetune.py  (few demonstrations)
 
@@ -7,17 +7,16 @@
     o_t ----------------------> [ world model ] -> o_t+1 ... o_t+n
                                 gradients flow back through z into the policy
 
-Policies do not know the world model and the world model does not know policies. Read in this order:
+Policies do not know the world model (world_model.py), which does not know policies. Read in this order:
 
     1 errors            InputError, run
     2 text              TextEncoder
     3 normalisation     Normalizer
-    4 observations      ResNet18FiLM, SpatialSoftmax, Transformer
-    5 policies          Policy (contract), BAKU, POLICIES, make_policy
-    6 world model       RSSM, WorldModel
-    7 chunk execution   ActionChunker
-    8 checkpoints       save_checkpoint, load_checkpoint, load_policy, init_from_pretrained
-    9 runs              open_run, Log, provenance; what both training scripts mean by --resume
+    4 observations      ResNet18FiLM, SpatialSoftmax, TransformerBlock, ObservationTokens
+    5 policies          Policy (contract), BAKU, ACT, DiffusionPolicy, POLICIES, make_policy
+    6 chunk execution   ActionChunker
+    7 checkpoints       save_checkpoint, load_checkpoint, load_policy, init_from_pretrained
+    8 runs              open_run, Log, provenance; what both training scripts mean by --resume
 
 Letters: B batch, n chunk length, T frames (= n+1), C H W image, Z latent-action width, A action width, P
 proprioception width, L instruction-embedding width, E token width, D deterministic state, S x K stochastic
@@ -27,7 +26,7 @@ Two things are called z_t in the literature: DreamerV3's stochastic state and LA
 state is `deter` / `stoch`, and the latent action is `latent_actions` (short: z), which inside the world model
 is simply `actions`.
 
-`python models.py` prints the parameter counts of every size.
+`python models.py` prints parameters and FLOPs of every size of every model beside published figures.
 """
 import errno
 import hashlib
@@ -279,65 +278,141 @@ class TransformerBlock(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
-                                 nn.Dropout(dropout))
+        self.mlp = mlp(width, dropout)
 
-    def forward(self, x):
-        b, t, e = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, e // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(b, t, e)), self.dropout, self.training)
+    def forward(self, x, seen=None):
+        """x (B, T, E); seen (B, T) bool: which tokens are looked at, None = all."""
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        y = attention(q, k, v, self.heads, self.dropout * self.training, seen)
+        x = x + F.dropout(self.out(y), self.dropout, self.training)
         return x + self.mlp(self.norm2(x))
+
+
+class DecoderBlock(TransformerBlock):
+    """The same with attention to a memory in between: (B, T, E), (B, M, E) -> (B, T, E)."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__(width, heads, dropout)
+        self.norm_x, self.norm_memory = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.cross_out = nn.Linear(width, width)
+
+    def forward(self, x, memory):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        y = attention(q, k, v, self.heads, self.dropout * self.training)
+        x = x + F.dropout(self.out(y), self.dropout, self.training)
+        q, (k, v) = self.q(self.norm_x(x)), self.kv(self.norm_memory(memory)).chunk(2, -1)
+        y = attention(q, k, v, self.heads, self.dropout * self.training)
+        x = x + F.dropout(self.cross_out(y), self.dropout, self.training)
+        return x + self.mlp(self.norm2(x))
+
+
+def mlp(width, dropout):
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+                         nn.Dropout(dropout))
+
+
+def attention(q, k, v, heads, dropout, seen=None):
+    """Attention of several heads: q (B, T, E), k and v (B, M, E), seen (B, M) bool -> (B, T, E)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, T | M, E/h)
+    mask = None if seen is None else seen[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
+
+
+class ObservationTokens(nn.Module):
+    """obs, proprio normalised -> tokens (B, tokens, E): [instruction, one per camera, proprio if any].
+
+    One ResNet sees all images, told apart by a camera embedding; the instruction modulates it (FiLM) and is a
+    token of its own. By position, not by name: camera 0 is the main view in every dataset.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config["width"]
+        self.cameras, self.dropout = list(config["cameras"]), config["proprio_dropout"]
+        self.instruction_encoder = nn.Linear(config["text_dim"], width)
+        self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
+        self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
+                                                  for _ in self.cameras])
+        if config["proprio_dim"]:
+            self.proprio_encoder = nn.Sequential(nn.Linear(config["proprio_dim"], width), nn.ReLU(),
+                                                 nn.Linear(width, width))
+
+    def forward(self, obs):
+        instruction = self.instruction_encoder(obs["instruction"])                    # (B, E)
+        b = len(instruction)
+        images = torch.cat([obs["images"][c] for c in self.cameras])                  # (cameras*B, 3, H, W)
+        seen = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))   # (cameras*B, E)
+        tokens = [instruction] + [x + e for x, e in zip(seen.split(b), self.camera_embedding)]
+        if hasattr(self, "proprio_encoder"):
+            proprio = self.proprio_encoder(obs["proprio"])
+            if self.training and self.dropout:
+                # Whole token, per sample: else the policy dead-reckons from its own pose and stops looking.
+                keep = torch.rand(b, 1, device=proprio.device) >= self.dropout
+                proprio = proprio * keep
+            tokens.append(proprio)
+        return torch.stack(tokens, 1)
 
 
 # ---- 5 policies ------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
-    """Contract of every policy.
+    """Contract of every policy: latent_actions(obs), loss(batch), act(obs).
 
     obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": (B, L), "proprio": (B, P)}
-    What a dataset lacks is absent from obs: never zeros, never a second copy of the same camera.
-    A subclass writes __init__(config) and features(obs) -> (B, E); heads, losses and units are here.
+    What a dataset lacks is absent from obs: never zeros, never a second copy of the same camera. "noise" (B,
+    n, A) may be there, too: what a policy that draws at random draws, so that a rollout can be repeated.
+
+    A subclass writes __init__(config) and features(obs) -> (B, E); layers up to the latent actions and the
+    actions, losses and units are here. One whose features are (B, n, E), a row for each action, says
+    PER_STEP = True. Whoever does all this in another way, as Diffusion Policy, overrides the three methods.
 
     config is plain data and makes the policy again (make_policy): policy, cameras, image_size, chunk,
-    text_dim, proprio_dim (or None), action_dim, latent_dim, latent_norm, head, and the subclass's own sizes.
-    head says what the last layer is:
+    text_dim, proprio_dim (or None), action_dim, latent_dim, latent_norm, proprio_dropout, head, and the
+    subclass's own SIZES. Names say what stage 2 may add to a pretrained policy (action_*, proprio_*,
+    camera_*, style_*) and what it may drop (latent_*); all else must fit. head says what the last layer is:
         latent  (B, n, Z) latent actions for the world model (stage 1)
         action  (B, n, A) actions (stage 2, the paper's choice "reinit": a new last layer)
-        add     a new layer from the latent actions to actions (stage 2, the paper's other strategy)
+        add     a new layer from the latent actions to actions (stage 2, the paper's other strategy; stage 1
+                where a few labels are mixed in)
     """
 
-    STD = 0.1   # of the action likelihood, in normalised units (UPSTREAM and BAKU: fixed, not learnt)
+    SIZES = {}          # name -> what it adds to config; "width" is E
+    CHUNK = 10          # n, by default
+    EXECUTE = 0         # actions of a chunk that are executed before the next look; 0: temporal ensembling
+    EMA = 0.0           # decay of the averaged weights that are evaluated; 0: the last weights
+    PER_STEP = False
+    STD = 0.1           # of the action likelihood, in normalised units (UPSTREAM and BAKU: fixed, not learnt)
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.chunk, self.cameras = config["chunk"], list(config["cameras"])
-        width = config["width"]
-        # The paper's "last layer" is latent_out / action_out; all before it is kept from stage 1 to stage 2.
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
-                                  nn.Linear(width, width), nn.ReLU())
         if config["head"] in ("latent", "add"):
-            latents = config["chunk"] * config["latent_dim"]
-            # DEVIATION: latents are standardised over the batch before the tanh (latent_norm). Plain tanh
-            # ones collapse to a constant or saturate at small scale. BatchNorm removes a bias: none here.
-            self.latent_out = nn.Linear(width, latents, bias=not config["latent_norm"])
+            latents = self.chunk * config["latent_dim"]
             self.latent_norm = (nn.BatchNorm1d(latents, affine=False) if config["latent_norm"]
                                 else nn.Identity())
         if config["head"] in ("action", "add"):
-            actions = config["chunk"] * config["action_dim"]
-            self.action_out = nn.Linear(width if config["head"] == "action" else latents, actions)
             self.action_norm = Normalizer(config["action_dim"])
         if config["proprio_dim"]:
             self.proprio_norm = Normalizer(config["proprio_dim"])
+        self.last_layers(config["head"], config["latent_dim"], config["action_dim"])
+
+    def last_layers(self, head, latent, action):
+        """The paper's "last layer": latent_out or action_out. All before it is kept from stage to stage."""
+        width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
+        if head in ("latent", "add"):           # BatchNorm takes a bias out again: none here
+            self.latent_out = nn.Linear(width, rows * latent, bias=not self.config["latent_norm"])
+        if head in ("action", "add"):
+            self.action_out = nn.Linear(width if head == "action" else rows * latent, rows * action)
 
     def features(self, obs):
-        """The only path from raw observations to the head: obs -> (B, E)."""
+        """obs -> (B, E), or (B, n, E) with PER_STEP."""
         raise NotImplementedError
 
-    def encode(self, obs):
-        """Check what came against what the policy was made for, then features(obs) -> (B, E)."""
+    def check(self, obs):
+        """Compare what came with what the policy was made for. InputError"""
         missing = [c for c in self.cameras if c not in obs["images"]]
         if missing:
             raise InputError(f"policy looks through cameras {self.cameras}, observation has "
@@ -351,51 +426,66 @@ class Policy(nn.Module):
                              f"{obs['instruction'].shape[-1]}: same --text-encoder for all stages")
         if self.config["proprio_dim"] and "proprio" not in obs:
             raise InputError("policy was finetuned with proprioception, observation has none")
-        return self.features(obs)
+
+    def encode(self, obs, **more):
+        """The only path from raw observations to the last layer: check, normalise proprio, features."""
+        self.check(obs)
+        if self.config["proprio_dim"]:
+            obs = {**obs, "proprio": self.proprio_norm.normalize(obs["proprio"])}
+        return self.features(obs, **more)
+
+    def check_latent(self):
+        if self.config["head"] == "action":
+            raise InputError("this policy has no latent actions left (its last layer was re-initialised for "
+                             "actions): give the pretrained checkpoint")
+
+    def squash(self, z):
+        """Into (-1, 1), where the world model takes actions: (B, n, Z) -> (B, n, Z).
+
+        DEVIATION: standardised over the batch before the tanh (latent_norm): latents under a plain tanh
+        collapse to a constant or saturate at small scale.
+        """
+        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone: obs -> (B, n, Z) in (-1, 1), differentiable
         (Sec. III-A)."""
-        if self.config["head"] == "action":
-            raise InputError("this policy has no latent actions left (its last layer was re-initialised for "
-                             "actions): give the pretrained checkpoint")
-        z = self.latent_norm(self.latent_out(self.head(self.encode(obs))))            # (B, n*Z)
-        return torch.tanh(z).view(-1, self.chunk, self.config["latent_dim"])
+        self.check_latent()
+        return self._latents(self.encode(obs))
 
-    def _mean_action(self, obs):
-        """Normalised actions (B, n, A) in (-1, 1)."""
-        if self.config["head"] == "action":
-            x = self.head(self.encode(obs))
-        else:
-            x = self.latent_actions(obs).flatten(1)
+    def _latents(self, x):
+        return self.squash(self.latent_out(x).view(-1, self.chunk, self.config["latent_dim"]))
+
+    def _mean_action(self, x):
+        """Features -> normalised actions (B, n, A) in (-1, 1)."""
+        if self.config["head"] == "add":
+            x = self._latents(x) if self.PER_STEP else self._latents(x).flatten(1)
         return torch.tanh(self.action_out(x)).view(-1, self.chunk, self.config["action_dim"])
 
     def loss(self, batch):
-        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float}.
+        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float} to log besides.
 
         L = - E log N(a_t:t+n | mu(o_t, instruction), std^2)                                        (Eq. 6)
         batch {"obs", "actions" (B, n, A) in the data's units, "is_pad" (B, n)}; padded steps count nowhere.
         """
         target = self.action_norm.normalize(batch["actions"])
-        mu = self._mean_action(batch["obs"])
+        mu = self._mean_action(self.encode(batch["obs"]))
         nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
         loss = masked_mean(nll.mean(-1), batch["is_pad"])
         with torch.no_grad():
             l1 = masked_mean((target - mu).abs().mean(-1), batch["is_pad"])
-        return loss, {"nll": loss.item(), "l1": l1.item()}
+        return loss, {"l1": l1.item()}
 
     @torch.no_grad()
     def act(self, obs):
         """Chunk of actions in the environment's units: obs -> (B, n, A). The policy must be in eval mode."""
         assert not self.training, "act() is for rollouts: call policy.eval() first"
-        return self.action_norm.unnormalize(self._mean_action(obs))
+        return self.action_norm.unnormalize(self._mean_action(self.encode(obs)))
 
 
 class BAKU(Policy):
-    """BAKU (Haldar et al. 2024) as LAWM uses it: tokens -> transformer -> action token -> chunk of n actions.
+    """BAKU (Haldar et al. 2024) as LAWM uses it: tokens -> transformer -> query token -> chunk of n actions.
 
-    tokens  [instruction, one image token per camera, proprio if any, action token]; one shared ResNet sees
-            the images, told apart by a camera embedding; the instruction modulates it (FiLM), is a token too.
     UPSTREAM: causal attention; without history and with the action token last it changes nothing we read.
     """
     SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),     # about 7M parameters
@@ -404,36 +494,280 @@ class BAKU(Policy):
     def __init__(self, config):
         super().__init__(config)
         width = config["width"]
-        self.instruction_encoder = nn.Linear(config["text_dim"], width)
-        self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
-        # By position, not by name: camera 0 is the main view in every dataset, whatever it is called there.
-        self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
-                                                  for _ in self.cameras])
-        if config["proprio_dim"]:
-            self.proprio_encoder = nn.Sequential(nn.Linear(config["proprio_dim"], width), nn.ReLU(),
-                                                 nn.Linear(width, width))
-        self.action_token = nn.Parameter(0.02 * torch.randn(width))
+        self.tokens = ObservationTokens(config)
+        self.query = nn.Parameter(0.02 * torch.randn(width))
         self.trunk = nn.Sequential(*[TransformerBlock(width, config["heads"], config["dropout"])
                                      for _ in range(config["layers"])])
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
+                                  nn.Linear(width, width), nn.ReLU())
 
     def features(self, obs):
-        instruction = self.instruction_encoder(obs["instruction"])                    # (B, E)
-        b = len(instruction)
-        images = torch.cat([obs["images"][c] for c in self.cameras])                  # (cameras*B, 3, H, W)
-        seen = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))   # (cameras*B, E)
-        tokens = [instruction] + [x + e for x, e in zip(seen.split(b), self.camera_embedding)]
-        if self.config["proprio_dim"]:
-            proprio = self.proprio_encoder(self.proprio_norm.normalize(obs["proprio"]))
-            if self.training and self.config["proprio_dropout"]:
-                # Whole token, per sample: else the policy dead-reckons from its own pose and stops looking.
-                keep = torch.rand(b, 1, device=proprio.device) >= self.config["proprio_dropout"]
-                proprio = proprio * keep
-            tokens.append(proprio)
-        tokens.append(self.action_token.expand(b, -1))
-        return self.trunk(torch.stack(tokens, 1))[:, -1]                              # (B, tokens, E)->(B, E)
+        tokens = self.tokens(obs)
+        tokens = torch.cat([tokens, self.query.expand(len(tokens), 1, -1)], 1)
+        return self.head(self.trunk(tokens)[:, -1])                                   # (B, tokens, E)->(B, E)
 
 
-POLICIES = {"baku": BAKU}
+class ACT(Policy):
+    """ACT (Zhao et al. 2023): n learned queries attend to the observation, each becomes one action.
+
+    Finetuning is a conditional VAE: an encoder sees the demonstrated chunk and says its style (B, style), the
+    decoder must rebuild the chunk from observation and style; in rollouts the style is 0, the prior's mean.
+    Pretraining has no actions to encode: there the style modules do not exist, and finetuning adds them.
+    DEVIATION: the original counts padded actions in its loss and builds six decoder layers of which only the
+    first is ever used; its KL weight of 10 on a mean over n x A numbers leaves the style empty (tested).
+    One token per camera instead of its whole feature map.
+    """
+    SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
+                           style=32),                   # the original's; LAWM's paper has no ACT
+             "tiny": dict(width=128, layers=2, decoder_layers=1, heads=4, channels=32, dropout=0.1, style=16)}
+    PER_STEP = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, heads, dropout = config["width"], config["heads"], config["dropout"]
+        # The evidence bound of a Laplace likelihood of scale 1 is sum |a - ^a| + KL: of the mean, this share.
+        self.kl_weight = 1 / (config["chunk"] * (config["action_dim"] or 1))
+        self.tokens = ObservationTokens(config)
+        self.encoder = nn.ModuleList([TransformerBlock(width, heads, dropout)
+                                      for _ in range(config["layers"])])
+        self.queries = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
+        self.decoder = nn.ModuleList([DecoderBlock(width, heads, dropout)
+                                      for _ in range(config["decoder_layers"])])
+        self.norm = nn.LayerNorm(width)
+        if config["head"] != "latent":
+            self.style_action_in = nn.Linear(config["action_dim"], width)
+            self.style_token = nn.Parameter(0.02 * torch.randn(width))
+            self.style_places = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
+            self.style_encoder = nn.ModuleList([TransformerBlock(width, heads, dropout)
+                                                for _ in range(config["layers"])])
+            self.style_out = nn.Linear(width, 2 * config["style"])
+            self.style_in = nn.Linear(config["style"], width, bias=False)             # style 0: no change
+
+    def features(self, obs, style=None):
+        tokens = self.tokens(obs)                                                     # (B, tokens, E)
+        if style is not None:
+            tokens = torch.cat([tokens, self.style_in(style)[:, None]], 1)
+        elif hasattr(self, "style_in"):
+            tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1)
+        for block in self.encoder:
+            tokens = block(tokens)
+        x = self.queries.expand(len(tokens), -1, -1)                                  # (B, n, E)
+        for block in self.decoder:
+            x = block(x, tokens)
+        return self.norm(x)
+
+    def infer_style(self, obs, actions, is_pad):
+        """q(style | o_t, a_t ... a_t+n-1): normalised (B, n, A), (B, n) -> mean, log variance (B, style)."""
+        instruction = self.tokens.instruction_encoder(obs["instruction"])[:, None]    # (B, 1, E)
+        tokens = torch.cat([self.style_token.expand(len(actions), 1, -1), instruction,
+                            self.style_action_in(actions) + self.style_places], 1)    # (B, 2 + n, E)
+        seen = torch.cat([torch.ones_like(is_pad[:, :1])] * 2 + [~is_pad], 1)         # padding is not seen
+        for block in self.style_encoder:
+            tokens = block(tokens, seen)
+        return self.style_out(tokens[:, 0]).chunk(2, -1)
+
+    def loss(self, batch):
+        """L1 of the valid steps + weight * KL(q(style) || N(0, I)): batch -> scalar, {name: float}."""
+        target = self.action_norm.normalize(batch["actions"])
+        mean, log_var = self.infer_style(batch["obs"], target, batch["is_pad"])
+        style = mean + (log_var / 2).exp() * torch.randn_like(mean)
+        predicted = self._mean_action(self.encode(batch["obs"], style=style))
+        error = (target - predicted).abs().mean(-1)                                   # (B, n)
+        l1 = masked_mean(error, batch["is_pad"])
+        kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
+        return l1 + self.kl_weight * kl, {"l1": l1.item(), "style_kl": kl.item()}
+
+
+class DiffusionPolicy(Policy):
+    """Diffusion Policy (Chi et al. 2023): a conditional 1-D U-Net takes noise out of a chunk of n actions.
+
+    Noised at step tau of 100: x = sqrt(ab) a + sqrt(1 - ab) e, where ab = alpha_bar(tau), squared cosine.
+    DEVIATION: the U-Net says v = sqrt(ab) e - sqrt(1 - ab) a (Salimans and Ho 2022), from which follow
+        ^e = sqrt(1 - ab) x + sqrt(ab) v     the noise of (Eq. 7)
+        ^a = sqrt(ab) x - sqrt(1 - ab) v     the clean chunk
+    Saying e itself, it must first learn to copy x, and ^a divides by sqrt(ab) = 0.0005 at the first step.
+
+    Latent actions, config["latent_calls"]:
+        1   ^a from one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM: x - ^e of
+            one call, without a bound
+        k   the DDIM sampler of k steps, unrolled: the gradient passes through all its calls
+    then, as in every policy, standardised over the batch and tanh. The noise is drawn anew at every call in
+    training; in eval mode it is obs["noise"], else always the same.
+    """
+    SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256, latent_calls=1),
+             "tiny": dict(width=128, channels=32, down=(64, 128, 256), step_width=64, latent_calls=1)}
+    CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # original: executes 8 of 16. UPSTREAM: averages live chunks
+    STEPS, SAMPLER_STEPS, DRAWS = 100, 10, 8
+
+    def __init__(self, config):
+        super().__init__(config)
+        shortest = 2 ** (len(config["down"]) - 1)
+        if self.chunk % shortest:
+            raise InputError(f"the U-Net halves a chunk {len(config['down']) - 1} times: --chunk takes "
+                             f"multiples of {shortest}, got {self.chunk}")
+        self.tokens = ObservationTokens(config)
+        # A concatenation and a linear layer are a sum of linear layers, one per part: so written, a further
+        # camera in stage 2 is a further layer, and those that there are keep their weights.
+        width = config["width"]
+        self.camera_mix = nn.ModuleList([nn.Linear(width, width) for _ in self.cameras])
+        if config["proprio_dim"]:
+            self.proprio_mix = nn.Linear(width, width)
+        self.step_encoder = nn.Sequential(nn.Linear(config["step_width"], 4 * config["step_width"]),
+                                          nn.Mish(),
+                                          nn.Linear(4 * config["step_width"], config["step_width"]))
+        self.unet = UNet1D(config["down"], config["step_width"] + 2 * width)
+        # squared cosine: alpha_bar(tau) = cos^2((tau / T + 0.008) / 1.008 * pi / 2), betas capped at 0.999
+        ab = [math.cos((t / self.STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(self.STEPS + 1)]
+        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(ab, ab[1:])])
+        self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)              # (T,)
+
+    def last_layers(self, head, latent, action):
+        """ASSUMPTION: "last layer" means both ends of the U-Net, which meet latent actions or actions."""
+        first = self.config["down"][0]
+        if head in ("latent", "add"):
+            self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
+        if head in ("action", "add"):
+            inner = first if head == "action" else latent
+            self.action_in, self.action_out = nn.Linear(action, inner), nn.Linear(inner, action)
+
+    def features(self, obs):
+        """obs -> (B, 2E): sum over cameras and proprioception, beside the instruction."""
+        instruction, *rest = self.tokens(obs).unbind(1)
+        layers = [*self.camera_mix, *([self.proprio_mix] if self.config["proprio_dim"] else [])]
+        return torch.cat([sum(layer(x) for layer, x in zip(layers, rest)), instruction], -1)
+
+    def noise(self, obs, width):
+        """Standard normal (B, n, width); in eval mode obs["noise"], else the same for every row and call."""
+        b, device = len(obs["instruction"]), self.alpha_bar.device
+        if self.training:
+            return torch.randn(b, self.chunk, width, device=device)
+        if "noise" in obs:
+            return obs["noise"]
+        fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
+        return fixed.to(device).expand(b, -1, -1)
+
+    def velocity(self, x, tau, condition, latent=False):
+        """v(x, tau, o): x (B, n, A or Z), tau (B,), condition (B, 2E) -> (B, n, A or Z)."""
+        half = self.config["step_width"] // 2
+        angles = tau[:, None] * torch.exp(-math.log(10_000) / (half - 1) * torch.arange(
+            half, device=x.device))                                                   # (B, step_width / 2)
+        step = self.step_encoder(torch.cat([angles.sin(), angles.cos()], -1))
+        add = self.config["head"] == "add"
+        if not latent:
+            x = self.action_in(x)
+        if latent or add:
+            x = self.latent_in(x)
+        x = self.unet(x.transpose(1, 2), torch.cat([step, condition], -1)).transpose(1, 2)  # (B, n, first)
+        if latent or add:
+            x = self.latent_out(x)
+        return x if latent else self.action_out(x)
+
+    def split(self, x, tau, velocity):
+        """x, tau (B,), v -> clean chunk ^a, noise ^e, all (B, n, A or Z)."""
+        ab = self.alpha_bar[tau][:, None, None]
+        return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
+
+    def sample(self, x, steps, velocity):
+        """DDIM (Song et al. 2021): noise x (B, n, A) -> chunk in [-1, 1]. velocity(x, tau (B,)) -> v.
+
+        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, ab' = alpha_bar of the next step; ^a is clipped to [-1, 1]
+        """
+        taus = torch.linspace(self.STEPS - 1, 0, steps).round().long().tolist()
+        for tau, following in zip(taus, [*taus[1:], None]):
+            tau = torch.full((len(x),), tau, device=x.device)
+            a, noise = self.split(x, tau, velocity(x, tau))
+            a = a.clamp(-1, 1)
+            if following is None:
+                return a
+            ab = self.alpha_bar[following]
+            x = ab.sqrt() * a + (1 - ab).sqrt() * noise
+
+    def latent_actions(self, obs):
+        self.check_latent()
+        condition, x = self.encode(obs), self.noise(obs, self.config["latent_dim"])
+
+        def velocity(x, tau):
+            return self.velocity(x, tau, condition, latent=True)
+
+        if self.config["latent_calls"] > 1:
+            return self.squash(self.sample(x, self.config["latent_calls"], velocity))
+        tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
+        return self.squash(self.split(x, tau, velocity(x, tau))[0])
+
+    def loss(self, batch):
+        """L = E |v - v_theta(sqrt(ab) a + sqrt(1 - ab) e, tau, o)|^2 of the valid steps: batch -> scalar,
+        {name: float}. It is E |e - ^e|^2 / ab, so (Eq. 7) with more weight on large noise.
+
+        DEVIATION: DRAWS noises for each observation, which is encoded once: the U-Net costs little beside it.
+        """
+        a = self.action_norm.normalize(batch["actions"]).repeat(self.DRAWS, 1, 1)     # (DRAWS * B, n, A)
+        condition = self.encode(batch["obs"]).repeat(self.DRAWS, 1)                   # (DRAWS * B, 2E)
+        tau, noise = torch.randint(self.STEPS, (len(a),), device=a.device), torch.randn_like(a)
+        ab = self.alpha_bar[tau][:, None, None]
+        x, v = ab.sqrt() * a + (1 - ab).sqrt() * noise, ab.sqrt() * noise - (1 - ab).sqrt() * a
+        error = ((v - self.velocity(x, tau, condition)) ** 2).mean(-1)                # (DRAWS * B, n)
+        return masked_mean(error, batch["is_pad"].repeat(self.DRAWS, 1)), {}
+
+    @torch.no_grad()
+    def act(self, obs):
+        assert not self.training, "act() is for rollouts: call policy.eval() first"
+        condition = self.encode(obs)
+        x = self.sample(self.noise(obs, self.config["action_dim"]), self.SAMPLER_STEPS,
+                        lambda x, tau: self.velocity(x, tau, condition))
+        return self.action_norm.unnormalize(x)
+
+
+class FiLMConv(nn.Module):
+    """Two convolutions along the chunk with a skip; the condition scales and shifts between them."""
+
+    def __init__(self, c_in, c_out, cond):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(c_in, c_out, 3, padding=1), nn.Conv1d(c_out, c_out, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(8, c_out), nn.GroupNorm(8, c_out)
+        self.film = nn.Linear(cond, 2 * c_out)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv1d(c_in, c_out, 1)
+
+    def forward(self, x, cond):
+        scale, shift = self.film(F.mish(cond))[..., None].chunk(2, 1)                 # (B, C, 1) each
+        y = F.mish(self.norm1(self.conv1(x))) * (1 + scale) + shift
+        return F.mish(self.norm2(self.conv2(y))) + self.skip(x)
+
+
+class UNet1D(nn.Module):
+    """(B, down[0], n), (B, cond) -> (B, down[0], n): down by strided convolutions, and up again."""
+
+    def __init__(self, down, cond):
+        super().__init__()
+        pairs = list(zip((down[0], *down), down))
+        self.down = nn.ModuleList([nn.ModuleList([FiLMConv(a, b, cond), FiLMConv(b, b, cond)])
+                                   for a, b in pairs])
+        self.shrink = nn.ModuleList([nn.Conv1d(c, c, 3, 2, 1) for c in down[:-1]])
+        self.middle = nn.ModuleList([FiLMConv(down[-1], down[-1], cond) for _ in range(2)])
+        self.up = nn.ModuleList([nn.ModuleList([FiLMConv(2 * b, a, cond), FiLMConv(a, a, cond)])
+                                 for a, b in pairs[:0:-1]])
+        self.grow = nn.ModuleList([nn.ConvTranspose1d(a, a, 4, 2, 1) for a, _ in pairs[:0:-1]])
+        self.out = nn.Sequential(nn.Conv1d(down[0], down[0], 3, padding=1), nn.GroupNorm(8, down[0]),
+                                 nn.Mish())
+
+    def forward(self, x, cond):
+        kept = []
+        for i, blocks in enumerate(self.down):
+            for block in blocks:
+                x = block(x, cond)
+            kept.append(x)                                                            # (B, C_i, n / 2^i)
+            if i < len(self.shrink):
+                x = self.shrink[i](x)
+        for block in self.middle:
+            x = block(x, cond)
+        for blocks, grow in zip(self.up, self.grow):
+            x = torch.cat([x, kept.pop()], 1)
+            for block in blocks:
+                x = block(x, cond)
+            x = grow(x)
+        return self.out(x)
+
+
+POLICIES = {"baku": BAKU, "diffusion": DiffusionPolicy, "act": ACT}
 
 
 def make_policy(config):
@@ -449,270 +783,7 @@ def masked_mean(x, is_pad):
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
-# ---- 6 world model ---------------------------------------------------------------------------------------
-
-# DreamerV3's own table (Hafner et al. 2023, App.): 32 categorical variables throughout. Names are those of
-# whole agents; what the world model alone has is printed by `python models.py`.
-WORLD_MODEL_SIZES = {
-    "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
-    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
-    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),
-    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),
-    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # the paper's
-    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),
-    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),
-}
-
-
-class BlockLinear(nn.Module):
-    """Block-diagonal linear map: (B, blocks, c_in) -> (B, blocks, c_out). One block: a plain linear layer."""
-
-    def __init__(self, blocks, c_in, c_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(blocks, c_in, c_out) / math.sqrt(c_in))
-        self.bias = nn.Parameter(torch.zeros(blocks, c_out))
-
-    def forward(self, x):
-        return torch.einsum("bgi,gio->bgo", x, self.weight) + self.bias
-
-
-def dense(c_in, c_out):
-    """Linear, RMSNorm, SiLU: the layer of every MLP in DreamerV3."""
-    return nn.Sequential(nn.Linear(c_in, c_out), nn.RMSNorm(c_out, eps=1e-4), nn.SiLU())
-
-
-def unimix(logits, share=0.01):
-    """Log-probs with 1 % of the uniform distribution in them: no probability is 0 and KL stays finite."""
-    k = logits.shape[-1]
-    return torch.log((1 - share) * logits.softmax(-1) + share / k)
-
-
-def kl_categorical(p, q):
-    """KL(p || q) of S independent categoricals given log-probs (..., S, K) -> (...,), in nats."""
-    return (p.exp() * (p - q)).sum((-1, -2))
-
-
-def sample_straight_through(log_probs):
-    """One-hot sample forward, gradient of the probabilities backward: (..., S, K) -> (..., S, K)."""
-    gumbel = -torch.log(-torch.log(torch.rand_like(log_probs).clamp(1e-9, 1 - 1e-7)))
-    one_hot = F.one_hot((log_probs + gumbel).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
-    probs = log_probs.exp()
-    return one_hot + probs - probs.detach()
-
-
-class RSSM(nn.Module):
-    """Recurrent state-space model of DreamerV3. State {"deter": (B, D), "stoch" and "logits": (B, S, K)}.
-
-    sequence model  h_k+1 = f(h_k, s_k, a_k)         block GRU                 (Eq. 1)
-    posterior       s_k ~ q(s_k | h_k, o_k)          sees the frame            (Eq. 2)
-    prior           s_k ~ p(s_k | h_k)               must guess it             (Eq. 3)
-    """
-
-    def __init__(self, size, embed_dim, action_dim):
-        super().__init__()
-        deter, hidden, self.blocks = size["deter"], size["hidden"], size["blocks"]
-        self.deter, self.stoch, self.classes = deter, size["stoch"], size["classes"]
-        flat = self.stoch * self.classes
-        self.in_deter, self.in_stoch, self.in_action = (
-            dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden))
-        self.hidden = BlockLinear(self.blocks, deter // self.blocks + 3 * hidden, deter // self.blocks)
-        self.hidden_norm = nn.RMSNorm(deter, eps=1e-4)
-        self.gates = BlockLinear(self.blocks, deter // self.blocks, 3 * deter // self.blocks)
-        self.posterior_net = nn.Sequential(dense(deter + embed_dim, hidden), nn.Linear(hidden, flat))
-        self.prior_net = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), nn.Linear(hidden, flat))
-
-    def initial(self, batch, device):
-        """h = 0, s = 0, before any frame."""
-        return {"deter": torch.zeros(batch, self.deter, device=device),
-                "stoch": torch.zeros(batch, self.stoch, self.classes, device=device)}
-
-    def sequence(self, state, action):
-        """h_k+1 = f(h_k, s_k, a_k) (Eq. 1): state, (B, Z) -> (B, D)."""
-        b, deter = len(action), state["deter"]
-        # DreamerV3 shrinks actions beyond [-1, 1]; latents are inside by their tanh, raw actions may not be.
-        action = action / action.abs().clamp(min=1).detach()
-        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
-                       self.in_action(action)], -1)
-        x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all inputs
-        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 3 hidden)
-        x = F.silu(self.hidden_norm(self.hidden(x).flatten(1))).view(b, self.blocks, -1)
-        reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]  # (B, D) each
-        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)                                            # starts by remembering
-        return update * candidate + (1 - update) * deter
-
-    def _state(self, deter, logits):
-        logits = unimix(logits.view(-1, self.stoch, self.classes))
-        return {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
-
-    def prior(self, deter):
-        """p(s | h) (Eq. 3): (B, D) -> state."""
-        return self._state(deter, self.prior_net(deter))
-
-    def posterior(self, deter, embed):
-        """q(s | h, o) (Eq. 2): (B, D), (B, embed) -> state."""
-        return self._state(deter, self.posterior_net(torch.cat([deter, embed], -1)))
-
-
-def stack_states(states):
-    """List of T states of (B, ...) -> one state of (B, T, ...)."""
-    return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
-
-
-class ToImage(nn.Module):
-    """(B, 16 C) -> (B, C, 4, 4), channels last in memory."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x):
-        return x.view(-1, 4, 4, self.channels).permute(0, 3, 1, 2)
-
-
-class WorldModel(nn.Module):
-    """RSSM with convolutional encoder and decoder, trained to predict o_t+1 ... o_t+n from o_t and n actions.
-
-    It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts
-    the roll), then every action acts, the first one included.
-    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used; and it copies the
-    actions with torch.tensor(), which detaches them: no gradient reaches the policy.
-
-    config {"size": name in WORLD_MODEL_SIZES, "image_size": 2^k, "action_dim": Z, "predict", "motion_weight",
-    "free_bits", "decode_steps"}:
-        predict        posterior  reconstruct from states that have seen the frame (the paper, DreamerV3)
-                       prior      reconstruct open loop: from o_t and the actions alone
-                       both       sum of the two
-        motion_weight  extra weight of pixels that differ from o_t (0 = the paper)
-        free_bits      nats of KL that cost nothing (1 = DreamerV3)
-        decode_steps   frames per window that are decoded in a training step, drawn at random (0 = all n, the
-                       paper): same expectation of the loss and its gradient, at less than half the cost
-    """
-    DYN_SCALE, REP_SCALE = 0.5, 0.1      # KL balancing (UPSTREAM: the same)
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        size = WORLD_MODEL_SIZES[config["size"]]
-        stages = int(math.log2(config["image_size"])) - 2                             # down to 4 x 4
-        if 4 * 2 ** stages != config["image_size"] or not 2 <= stages <= 5:
-            raise InputError("the world model takes images of 16, 32, 64 or 128 pixels, "
-                             f"got {config['image_size']}")
-        # ASSUMPTION: normalised over channels and pixels together (DreamerV3: RMS per pixel): a fused kernel.
-        # DreamerV3's multipliers for 64 pixels; ASSUMPTION: a thin stage more for 128 (paper: not said).
-        channels = [size["depth"] * m for m in (1, 2, 3, 4, 4)[-stages:]]
-        layers, c_in = [], 3
-        for c in channels:
-            layers += [nn.Conv2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
-            c_in = c
-        self.encoder = nn.Sequential(*layers, nn.Flatten())
-        self.rssm = RSSM(size, 16 * c_in, config["action_dim"])
-        layers = [nn.Linear(size["deter"] + size["stoch"] * size["classes"], 16 * c_in), ToImage(c_in)]
-        for c in channels[-2::-1]:
-            layers += [nn.ConvTranspose2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
-            c_in = c
-        self.decoder = nn.Sequential(*layers, nn.ConvTranspose2d(c_in, 3, 4, 2, 1), nn.Sigmoid())
-        self.to(memory_format=torch.channels_last)                                    # twice as fast on a CPU
-
-    def embed(self, images):
-        """(B, T, 3, H, W) uint8 -> (B, T, embed)."""
-        b, t = images.shape[:2]
-        x = (images.flatten(0, 1).float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
-        return self.encoder(x).view(b, t, -1)
-
-    def decode(self, state):
-        """State of (..., D), (..., S, K) -> frames (..., 3, H, W) in [0, 1]."""
-        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)
-        lead = features.shape[:-1]
-        return self.decoder(features.flatten(0, -2)).unflatten(0, lead)
-
-    def context(self, embed):
-        """Posterior of the first frame, (B, embed) -> state: where every roll starts."""
-        start = self.rssm.initial(len(embed), embed.device)
-        return self.rssm.posterior(start["deter"], embed)
-
-    def observe(self, images, actions):
-        """Filter: (B, n+1, 3, H, W) uint8, (B, n, Z) -> start state (B, ...), posteriors and priors of
-        k = 1 ... n (B, n, ...)."""
-        assert images.shape[1] == actions.shape[1] + 1, (
-            f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}")
-        embed = self.embed(images)
-        start = state = self.context(embed[:, 0])
-        posteriors, priors = [], []
-        for k in range(actions.shape[1]):
-            deter = self.rssm.sequence(state, actions[:, k])                          # a_k takes o_k to o_k+1
-            prior, state = self.rssm.prior(deter), self.rssm.posterior(deter, embed[:, k + 1])
-            priors.append(prior)
-            posteriors.append(state)
-        return start, stack_states(posteriors), stack_states(priors)
-
-    def imagine(self, state, actions):
-        """Open loop: start state (B, ...), (B, n, Z) -> priors (B, n, ...) of k = 1 ... n, no frame seen
-        after the first."""
-        states = []
-        for k in range(actions.shape[1]):
-            state = self.rssm.prior(self.rssm.sequence(state, actions[:, k]))
-            states.append(state)
-        return stack_states(states)
-
-    def losses(self, images, actions, predict=None, decode_steps=None):
-        """Every term before reduction: {name: (B, n)}; total() adds them up. Defaults are the config's."""
-        predict = predict or self.config["predict"]
-        n = actions.shape[1]
-        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
-        start, posteriors, priors = self.observe(images, actions)
-        drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
-        context, future = images[:, :1].float() / 255, images[:, 1 + drawn].float() / 255  # (B, 1|m, 3, H, W)
-        # DEVIATION: pixels that differ from o_t weigh more: most of a picture is table.
-        weight = (1 + self.config["motion_weight"]
-                  * (future - context).abs().mean(2, keepdim=True))                   # (B, m, 1, H, W)
-
-        def spread(error):                                                  # (B, m) -> (B, n), the rest is 0
-            return error.new_zeros(len(error), n).index_copy(1, drawn, error * (n / decode_steps))
-
-        # ASSUMPTION: o_t itself is drawn as well (DreamerV3 draws every frame): the scene must come from the
-        # context, so that the latents are left with what changes in it.
-        error = (self.decode(start) - context[:, 0]) ** 2                             # (B, 3, H, W)
-        terms = {"context": error.sum((1, 2, 3))[:, None].expand(-1, n)}              # (B, n), all the same
-        if predict in ("posterior", "both"):
-            error = (self.decode({k: v[:, drawn] for k, v in posteriors.items()})
-                     - future) ** 2                                                   # (B, m, 3, H, W)
-            terms["recon"] = spread((weight * error).sum((2, 3, 4)))    # (Eq. 4) decoder, (Eq. 5) first term
-        if predict in ("prior", "both"):
-            # DEVIATION: the open-loop term. From the posterior alone a frame can be drawn without its action:
-            # the posterior has seen it; only the KL then asks for actions, below the free bits not even that.
-            imagined = self.imagine(start, actions)
-            error = (self.decode({k: v[:, drawn] for k, v in imagined.items()})
-                     - future) ** 2                                                   # (B, m, 3, H, W)
-            terms["open_loop"] = spread((weight * error).sum((2, 3, 4)))
-            terms["open_loop_plain"] = spread(error.detach().sum((2, 3, 4)))          # unweighted, for report
-        post, prior = posteriors["logits"], priors["logits"]                # (B, n, S, K)
-        terms["kl_dyn"] = kl_categorical(post.detach(), prior)              # moves the prior to what was seen
-        terms["kl_rep"] = kl_categorical(post, prior.detach())              # keeps the posterior predictable
-        return terms
-
-    def loss(self, images, actions, is_pad):
-        """Negative evidence bound of the video given the actions (Eq. 5) -> scalar, {name: float}.
-
-        images  (B, n+1, 3, H, W) uint8   o_t ... o_t+n
-        actions (B, n, Z)                 gradients flow into them: this is how pretraining teaches the policy
-        is_pad  (B, n) bool               True where o_k+1 is a repeated last frame; those steps count nowhere
-        L = |o_t - ^o_t|^2 + mean_k |o_k - ^o_k|^2
-            + 0.5 max(1, KL[sg q || p]) + 0.1 max(1, KL[q || sg p])                                 (Eq. 5)
-        """
-        terms = self.losses(images, actions)
-        logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items()}
-        return masked_mean(self.total(terms), is_pad), logs
-
-    def total(self, terms):
-        """The weighted sum of (Eq. 5), step by step: {name: (B, n)} -> (B, n)."""
-        free = self.config["free_bits"]
-        kl = (self.DYN_SCALE * terms["kl_dyn"].clamp(min=free)
-              + self.REP_SCALE * terms["kl_rep"].clamp(min=free))
-        return kl + sum(terms[name] for name in ("context", "recon", "open_loop") if name in terms)
-
-
-# ---- 7 chunk execution -----------------------------------------------------------------------------------
+# ---- 6 chunk execution -----------------------------------------------------------------------------------
 
 
 class ActionChunker:
@@ -747,7 +818,7 @@ class ActionChunker:
         return self.execute is None or not self.live
 
 
-# ---- 8 checkpoints ---------------------------------------------------------------------------------------
+# ---- 7 checkpoints ---------------------------------------------------------------------------------------
 
 
 def write_atomically(path, data):
@@ -809,15 +880,17 @@ def init_from_pretrained(policy, weights, path):
     UPSTREAM: the release copies the last layer, too, when the widths agree; it skips what does not fit with a
     warning, and on errors it silently starts from scratch.
     """
+    def named(key, *prefixes):
+        return any(part.startswith(prefixes) for part in key.split("."))
+
     own = policy.state_dict()
-    may_be_new = ("action_out.", "action_norm.", "proprio_norm.", "proprio_encoder.", "camera_embedding.")
-    may_be_unused = ("latent_out.", "latent_norm.", "action_out.", "action_norm.")
-    reinit = [k for k in own if k.startswith(("action_out.", "action_norm."))]        # never taken over
+    reinit = [k for k in own if named(k, "action_in", "action_out", "action_norm")]   # never taken over
     loaded = [k for k in own if k in weights and k not in reinit and own[k].shape == weights[k].shape]
     new = [k for k in own if k not in loaded]
     unused = [k for k in weights if k not in loaded]
-    wrong = [k for k in new if not k.startswith(may_be_new) or (k in weights and k not in reinit)]
-    wrong += [k for k in unused if not k.startswith(may_be_unused) and k not in wrong]
+    wrong = [k for k in new if not named(k, "action_", "proprio_", "camera_", "style_")
+             or (k in weights and k not in reinit)]
+    wrong += [k for k in unused if not named(k, "latent_", "action_", "style_") and k not in wrong]
     if wrong:
         k = wrong[0]
         shapes = [tuple(w[k].shape) if k in w else "absent" for w in (weights, own)]
@@ -827,7 +900,7 @@ def init_from_pretrained(policy, weights, path):
     return {"loaded": loaded, "new": new, "unused": unused}
 
 
-# ---- 9 runs ----------------------------------------------------------------------------------------------
+# ---- 8 runs ----------------------------------------------------------------------------------------------
 
 
 def open_run(args, free):
@@ -958,22 +1031,54 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+# Parameters of what the release builds (baheytharwat/lawm at 18957d0, counted): ResNet with BatchNorm, dense
+# GRU, deeper decoder. DreamerV3's names are of whole agents: with actor, critic and reward.
+RELEASE = {("baku", "paper"): 7_712_006, ("diffusion", "paper"): 51_138_759,
+           ("world model", "1m"): 1_813_823, ("world model", "12m"): 28_942_451,
+           ("world model", "25m"): 65_100_843, ("world model", "50m"): 115_717_347,
+           ("world model", "100m"): 260_324_691, ("world model", "200m"): 462_764_483}
+
+
 def main():
-    for name, cls in POLICIES.items():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from world_model import WORLD_MODEL_SIZES, WorldModel
+
+    def flops(module, call):
+        module.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops() / 1e9
+
+    def line(kind, size, image_size, n, module, cost):
+        theirs = f"{RELEASE[kind, size] / 1e6:8.2f} M" if (kind, size) in RELEASE else f"{'-':>10s}"
+        parts = ", ".join(f"{name} {count(part) / 1e6:.2f}" for name, part in module.named_children()
+                          if count(part) > 0.05 * count(module))
+        print(f"{kind:12s} {size:6s} {image_size:4d} px {n:3d} {count(module) / 1e6:9.2f} M {theirs} "
+              f"{cost:9.3f}   {parts}")
+
+    print(f"{'model':12s} {'size':6s} {'image':>7s} {'n':>3s} {'parameters':>11s} {'release':>10s} "
+          f"{'GFLOP':>9s}   parts with more than 5 %, in millions")
+    for name, cls in POLICIES.items():              # one chunk of actions: two cameras and proprioception
         for size, numbers in cls.SIZES.items():
             image_size = 64 if size == "tiny" else 128
-            config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=10,
+            config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=cls.CHUNK,
                           text_dim=512, proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
                           head="action", proprio_dropout=0.0, **numbers)
-            print(f"{name:12s} {size:6s} {image_size:4d} px {count(make_policy(config)):12,d} parameters")
-    for size in WORLD_MODEL_SIZES:
+            policy = make_policy(config).eval()
+            image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+            obs = {"images": {"front": image, "side": image}, "instruction": torch.zeros(1, 512),
+                   "proprio": torch.zeros(1, 7)}
+            line(name, size, image_size, cls.CHUNK, policy, flops(policy, lambda: policy.act(obs)))
+    for size in WORLD_MODEL_SIZES:                  # the loss of a window of 10 steps, the paper's objective
         image_size = 64 if size in ("tiny", "1m") else 128
         with torch.device("meta"):
             model = WorldModel(dict(size=size, image_size=image_size, action_dim=7, predict="posterior",
-                                    motion_weight=0, free_bits=1, decode_steps=0))
-        print(f"world model  {size:6s} {image_size:4d} px {count(model):12,d} parameters: "
-              f"encoder {count(model.encoder):,}, rssm {count(model.rssm):,}, "
-              f"decoder {count(model.decoder):,}")
+                                    target="pixels", motion_weight=0, free_bits=1, decode_steps=0,
+                                    context_frame=True, mask=0.0, views=1, proprio_dim=None))
+            frames = torch.zeros(1, 11, 3, image_size, image_size, dtype=torch.uint8)
+            cost = flops(model, lambda: model.losses(frames, torch.zeros(1, 10, 7)))
+        line("world model", size, image_size, 10, model, cost)
 
 
 if __name__ == "__main__":

@@ -1686,33 +1686,35 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     path            folder made by prepare_data.py
     chunk           n, actions per window; what reaches past the episode is padded, see the timeline above
-    cameras         names, or a number: the first so many; None = all. "frames" are those of the first
-    future          also return o_t .. o_t+n, for the world model
+    cameras         names, or a number: the first so many; None = all
+    future          V: also return o_t .. o_t+n of the first V cameras and the proprio, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
                     instruction every tenth is val. So every task has its share, and so has data in which no
                     instruction comes twice
     demos_per_task  keep the first N episodes of the split for each instruction
+    fraction        keep this share of the episodes of the split, evenly spaced, one at least
     text_encoder    name that the instructions must have been embedded with, None = any
     stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of their
                     changes (rotation vectors add up to first order) and the last of the other numbers
-    labels          False leaves actions and proprio out
+    labels          which of "actions" and "proprio" are returned, if stored
 
     Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": (L,) f4, "proprio": (P,) f4 if stored},
-           "frames": (n+1, 3, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
-           "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
+           "frames": (n+1, 3V, H, W) uint8 and "proprio": (n+1, P) f4 if future, "actions": (n, A) f4 if
+           stored, "is_pad": (n,) bool, "episode": int, "t": int, "instruction_id": int}.
+    InputError for what the data cannot give.
 
     Everything in a shard lies contiguous, so a window is read with plain seeks at places noted once: no HDF5
     call, no open handle per shard. Memory: 16 bytes per frame and camera.
     """
     MAX_OPEN = 128       # open shards per process: systems allow 1024 files, Something-Something makes 1726
 
-    def __init__(self, path, chunk, cameras=None, future=False, split="all", demos_per_task=None,
-                 text_encoder=None, stride=1, labels=True):
+    def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, fraction=1.0,
+                 text_encoder=None, stride=1, labels=("actions", "proprio")):
         self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
         self.stats, self.fps, self.image_size, self.text_encoder, self.text_dim = (
             self.attrs[key] for key in ("statistics", "fps", "image_size", "text_encoder", "text_dim"))
-        self.labels = [key for key in ("actions", "proprio") if key in self.stats and labels]
+        self.labels = [key for key in labels if key in self.stats]
         self.action_dim, self.proprio_dim = (
             len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
         known = list(self.attrs["cameras"])
@@ -1726,7 +1728,12 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if stride < 1:
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._read_index([shard["file"] for shard in shards])
+        if future > len(self.cameras):
+            raise InputError(f"{path} has {len(self.cameras)} of the {future} cameras asked for")
         self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
+        if fraction < 1:
+            kept = np.linspace(0, len(self.episodes) - 1, max(1, round(fraction * len(self.episodes))))
+            self.episodes = self.episodes[kept.round().astype(int)]
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
@@ -1856,7 +1863,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         episode, t = int(self.episodes[i]), int(index - (self._ends[i - 1] if i else 0))
         shard, number, start = map(int, self._place[episode])
         last = int(self.lengths[episode]) - 1
-        count = {self.cameras[0]: n + 1} if self.future else {}
+        count = dict.fromkeys(self.cameras[:self.future], n + 1)
         images = {c: self.read_frames(episode, c, t, count.get(c, 1), s) for c in self.cameras}
         embedding = self._rows(shard, "instruction_embedding", number, 1)[0]
         item = {"obs": {"images": {c: frames[0] for c, frames in images.items()},
@@ -1864,14 +1871,25 @@ class EpisodeDataset(torch.utils.data.Dataset):
                 "is_pad": t + s * torch.arange(1, n + 1) > last,         # (n,): step k ends at o_t+(k+1)s
                 "episode": episode, "t": t, "instruction_id": int(self.instruction_ids[episode])}
         if self.future:
-            item["frames"] = images[self.cameras[0]]                     # (n+1, 3, H, W)
+            item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
         if "proprio" in self.labels:
-            item["obs"]["proprio"] = torch.from_numpy(self._rows(shard, "proprio", start + t, 1)[0])
+            end = min(t + n * s, last) if self.future else t
+            rows = self._rows(shard, "proprio", start + t, end + 1 - t)
+            item["obs"]["proprio"] = torch.from_numpy(rows[0])                               # (P,)
+            if self.future:
+                places = np.minimum(np.arange(n + 1) * s, (len(rows) - 1) // s * s)
+                item["proprio"] = torch.from_numpy(rows[places])                             # (n+1, P)
         if "actions" in self.labels:                                     # the last row is the hold action
             rows = self._rows(shard, "actions", start + t, min(t + n * s, last + 1) - t)
             rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
             item["actions"] = torch.from_numpy(self._merge(rows) if s > 1 else rows[:, 0])       # (n, A)
         return item
+
+
+def even_strides(paths):
+    """Frames per step in each dataset: whole numbers that bring all near the rate of the slowest."""
+    rates = [read_manifest(path)[0]["fps"] for path in paths]
+    return [max(1, round(rate / min(rates))) for rate in rates]
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -1886,14 +1904,13 @@ class Mixture(torch.utils.data.Dataset):
     """
 
     def __init__(self, paths, chunk, weights=None, strides=None, **rest):
-        if strides is None:
-            rates = [read_manifest(path)[0]["fps"] for path in paths]
-            strides = [max(1, round(rate / min(rates))) for rate in rates]
+        strides = even_strides(paths) if strides is None else strides
         for name, values in (("weights", weights), ("strides", strides)):
             if values is not None and len(values) != len(paths):
                 raise InputError(f"--{name} has {len(values)} numbers for {len(paths)} datasets: one each")
         if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             raise InputError(f"--weights {' '.join(map(str, weights))}: expected 0 or more each, not all 0")
+        self.chunk = chunk
         self.parts = [EpisodeDataset(path, chunk, stride=stride, **rest)
                       for path, stride in zip(paths, strides)]
         first = self.parts[0]

@@ -5,6 +5,9 @@
     python pretrain.py --resume                  # go on where a stopped run stood, with the same result
     python pretrain.py --data data/bridge data/ssv2 --probe-data none --policy-size paper --world-model 50m
     python pretrain.py --predict posterior --motion-weight 0 --latent-norm none  # the paper's plain objective
+    python pretrain.py --policy diffusion        # or act: all else is the same
+    python pretrain.py --data data/robot --world-model none --labels-frac 1   # supervised baseline
+    python pretrain.py --latents zero            # a control arm: the world model learns, the policy cannot
 
 The policy sees the first frame and the instruction and emits n latent actions; the world model must predict
 the next n frames from that frame and those latents. One optimiser trains both. Writes, under --out: last.pt,
@@ -24,13 +27,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm import tqdm
 
-from models import (POLICIES, WORLD_MODEL_SIZES, InputError, Log, WorldModel, at_least, by_position, count,
-                    make_policy, masked_mean, open_run, pick_device, policy_numbers, probe_r2, provenance,
-                    random_shift, run, save_checkpoint, to_device, write_atomically)
-from prepare_data import EpisodeDataset, Mixture
+from models import (POLICIES, InputError, Log, Normalizer, at_least, by_position, count, make_policy,
+                    masked_mean, open_run, pick_device, policy_numbers, probe_r2, provenance, random_shift,
+                    run, save_checkpoint, to_device, write_atomically)
+from prepare_data import EpisodeDataset, Mixture, even_strides, read_manifest
+from world_model import TARGETS, WORLD_MODEL_SIZES, InverseDynamics, WorldModel, targets
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eval_windows=16)
 
@@ -44,6 +48,14 @@ def arguments(argv):
                    "scale (default: every window is as likely)")
     g.add_argument("--strides", nargs="+", type=int, help="frames per step in each; 1 = every frame "
                    "(default: a chunk spans about as long as in the slowest)")
+    g.add_argument("--views", choices=("main", "all"), default="main", help="cameras that policy and world "
+                   "model see; paper main, all is its future work (default %(default)s)")
+    g.add_argument("--labels-frac", type=float, default=0.0, metavar="SHARE", help="share of the episodes of "
+                   "--label-data whose true actions are learnt, too, through a layer behind the latent "
+                   "actions; 0 = off, paper (default %(default)s)")
+    g.add_argument("--label-data", nargs="+", help="dataset folders with actions (default: those of --data)")
+    g.add_argument("--labels-weight", type=float, default=1.0,
+                   help="of the action loss beside the world model's (default %(default)s)")
     g.add_argument("--probe-data", default="data/robot", help="labelled demonstrations for the linear probe "
                    "that is logged while training; never trained on; "
                    "'none' turns it off (default %(default)s)")
@@ -54,15 +66,33 @@ def arguments(argv):
     g = p.add_argument_group("policy")
     g.add_argument("--policy", choices=POLICIES, default="baku", help="default %(default)s")
     g.add_argument("--policy-size", default="tiny", help="tiny or paper (default %(default)s)")
-    g.add_argument("--chunk", type=int, default=10,
-                   help="n, latent actions per chunk; paper 10 for BAKU (default %(default)s)")
+    g.add_argument("--chunk", type=int, help="n, latent actions per chunk; paper 10 for BAKU, 16 for "
+                   "diffusion (default: "
+                   + ", ".join(f"{name} {cls.CHUNK}" for name, cls in POLICIES.items()) + ")")
     g.add_argument("--latent-dim", type=int, default=7,
                    help="Z, width of a latent action; paper 7 (default %(default)s)")
     g.add_argument("--latent-norm", choices=("batch", "none"), default="batch", help="standardise latents "
                    "over the batch before the tanh; paper none (default %(default)s)")
+    g.add_argument("--latent-calls", type=int, help="diffusion: network calls that make a latent chunk; 1 = "
+                   "release, 10 = its whole sampler, unrolled (default 1)")
+    g.add_argument("--latent-source", choices=("policy", "inverse"), default="policy", help="inverse: an "
+                   "encoder that sees the future frames makes the latents, as LAPA's, and the policy learns "
+                   "to predict them; paper policy (default %(default)s)")
+    g.add_argument("--latents", choices=("learned", "shuffled", "zero", "detached", "true"),
+                   default="learned", help="what the world model is fed; for control: latents of other "
+                   "clips, zeros, latents without gradient (what the release does), the true actions "
+                   "(default %(default)s)")
     g = p.add_argument_group("world model")
-    g.add_argument("--world-model", choices=WORLD_MODEL_SIZES, default="tiny",
-                   help="paper 50m (default %(default)s)")
+    g.add_argument("--world-model", choices=[*WORLD_MODEL_SIZES, "none"], default="tiny", help="paper 50m; "
+                   "none: supervised on true actions, needs --labels-frac (default %(default)s)")
+    g.add_argument("--context-frame", action=argparse.BooleanOptionalAction, default=True,
+                   help="the roll starts from o_t; paper yes (default %(default)s)")
+    g.add_argument("--target", choices=TARGETS, default="pixels", help="what is predicted of the next "
+                   "frames; paper pixels (default %(default)s)")
+    g.add_argument("--mask", type=float, default=0.0, metavar="SHARE", help="of each frame's patches that "
+                   "the world model does not see; 0 = off, paper (default %(default)s)")
+    g.add_argument("--proprio", action="store_true", help="the world model sees and predicts proprioception, "
+                   "too; the policy does not; paper no")
     g.add_argument("--predict", choices=("posterior", "prior", "both"), default="both",
                    help="what frames are reconstructed from; paper posterior (default %(default)s)")
     g.add_argument("--motion-weight", type=float, default=10.0, help="extra weight of pixels that change "
@@ -103,6 +133,7 @@ def arguments(argv):
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
+    args.chunk = args.chunk or POLICIES[args.policy].CHUNK
     assert set(SMOKE) <= set(vars(args)), "SMOKE names a flag that does not exist"
     return args
 
@@ -121,9 +152,10 @@ def shuffled_within(groups, generator):
 
 
 @torch.no_grad()
-def latent_action_report(policy, world_model, batch, seed):
-    """Three failure modes on held-out clips: collapse (z_std), unused latents (shuffle_ratio), copied frames
-    (copy_ratio).
+def latent_action_report(z, world_model, batch, seed):
+    """What latent actions z (B, n, Z) do in the world model, on a batch of held-out clips (B).
+
+    Three failure modes: collapse (z_std), unused latents (shuffle_ratio), copied frames (copy_ratio).
 
     shuffle_ratio          loss with z permuted among clips of the same instruction / loss with z (same clips,
                            same noise)
@@ -134,7 +166,6 @@ def latent_action_report(policy, world_model, batch, seed):
     zero_ratio/open_loop   the same with z = 0 instead of permuted
     copy_ratio             open_loop_plain / squared error of repeating o_t: below 1 it beats standing still
     """
-    z = policy.latent_actions(batch["obs"])                                           # (B, n, Z)
     generator = torch.Generator().manual_seed(seed)
     index, paired = shuffled_within(batch["instruction_id"].cpu(), generator)
     same_episode, paired_too = shuffled_within(batch["episode"].cpu(), generator)
@@ -145,25 +176,20 @@ def latent_action_report(policy, world_model, batch, seed):
 
     def measure(actions):
         torch.manual_seed(seed)                                                       # same noise each time
-        terms = world_model.losses(batch["frames"], actions, predict="both", decode_steps=actions.shape[1])
-        terms["loss"] = world_model.total({k: v for k, v in terms.items() if k in trained})
+        terms = world_model.losses(batch["frames"], actions, batch.get("proprio"), predict="both",
+                                   decode_steps=actions.shape[1])
+        terms["loss"] = world_model.total(terms)
         return {k: masked_mean(v[paired], batch["is_pad"][paired]).item() for k, v in terms.items()}
 
-    trained = {"context", "kl_dyn", "kl_rep"} | {
-        "posterior": {"recon"}, "prior": {"open_loop"}, "both": {"recon", "open_loop"},
-    }[world_model.config["predict"]]
     true, shuffled, zero = measure(z), measure(z[index]), measure(torch.zeros_like(z))
     episode = measure(z[same_episode])
-    frames = batch["frames"].float() / 255
-    still = ((frames[:, 1:] - frames[:, :1]) ** 2).sum((2, 3, 4))                     # (B, n)
     return {"z_std": z.std(0).mean().item(),
             "shuffle_ratio": shuffled["loss"] / true["loss"],
             **{f"shuffle_ratio/{k}": shuffled[k] / true[k]
                for k in ("recon", "open_loop", "open_loop_plain", "kl_dyn")},
             "shuffle_ratio/episode": episode["loss"] / true["loss"],
             "zero_ratio/open_loop": zero["open_loop"] / true["open_loop"],
-            "copy_ratio": (true["open_loop_plain"]
-                           / masked_mean(still[paired], batch["is_pad"][paired]).item())}
+            "copy_ratio": true["open_loop_plain"] / true["still"]}
 
 
 @torch.no_grad()
@@ -184,17 +210,19 @@ def latent_probe(policy, dataset, device, windows=3000):
 
 
 @torch.no_grad()
-def open_loop_strip(policy, world_model, batch, path, clips=4, scale=2):
-    """PNG: per clip three rows (truth, imagined, |error| x 2); columns: context frame, o_t+1 ... o_t+n."""
+def open_loop_strip(z, world_model, batch, path, clips=4, scale=2):
+    """PNG: per clip three rows (truth, imagined, |error| x 2); columns: context frame, o_t+1 ... o_t+n. What
+    is not pixels is shown as WorldModel.picture says."""
     whole = torch.argsort(batch["is_pad"].sum(1), stable=True)[:len(batch["is_pad"]) // 2]    # least padded
     rows = whole[torch.linspace(0, len(whole) - 1, clips).long()].sort().values
-    obs, frames = take(batch["obs"], rows), batch["frames"][rows]
+    frames, proprio = batch["frames"][rows], batch["proprio"][rows] if "proprio" in batch else None
     torch.manual_seed(0)
-    start = world_model.context(world_model.embed(frames[:, :1])[:, 0])
-    imagined = world_model.decode(
-        world_model.imagine(start, policy.latent_actions(obs)))                       # (clips, n, 3, H, W)
+    start = world_model.context(world_model.embed(frames, proprio)[:, 0])
+    imagined = world_model.decode(world_model.imagine(start, z[rows]))                # (clips, n, C, h, w)
     imagined = torch.cat([world_model.decode({k: v[:, None] for k, v in start.items()}), imagined], 1)
-    truth = frames.float() / 255
+    truth = torch.cat(targets(frames, world_model.config["target"]), 1)               # (clips, n+1, C, h, w)
+    first = frames[:, 0, :3].float() / 255
+    truth, imagined = (world_model.picture(x, first) for x in (truth, imagined))  # (clips, n+1, 3, H, W)
     picture = torch.stack([truth, imagined,
                            (2 * (truth - imagined).abs()).clamp(max=1)], 1)       # (clips, 3, n+1, 3, H, W)
     picture = picture.permute(0, 1, 4, 2, 5, 3).flatten(0, 2).flatten(1, 2)       # (clips*3*H, (n+1)*W, 3)
@@ -202,20 +230,52 @@ def open_loop_strip(policy, world_model, batch, path, clips=4, scale=2):
     write_atomically(path, cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
-def take(tree, rows):
-    """Rows of every tensor in a nested dict."""
-    return {k: take(v, rows) if isinstance(v, dict) else v[rows] for k, v in tree.items()}
-
-
 def check_gradients(policy):
-    """The claim the method stands on: the world-model loss reaches every parameter of the policy."""
-    dead = [n for n, p in policy.named_parameters()
-            if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    """The claim that the method stands on: the world-model loss reaches every parameter of the policy."""
+    named = dict(policy.named_parameters())
+    dead = [n for n, p in named.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
     if dead:
-        total = sum(1 for _ in policy.parameters())
-        raise InputError(f"the world-model loss gives no finite, non-zero gradient to {len(dead)} of {total} "
-                         f"policy tensors (first: {dead[0]}): something between latent_actions and "
+        raise InputError(f"the loss gives no finite, non-zero gradient to {len(dead)} of {len(named)} policy "
+                         f"tensors ({', '.join(dead[:5])}): something between latent_actions and "
                          "WorldModel.loss detaches the latents")
+    tqdm.write(f"gradient     reaches all {len(named)} policy tensors")
+
+
+# ---- ablations: what else the world model can be fed -------------------------------------------------------
+
+
+class Feed:
+    """--latents and --latent-source: latent actions of the policy -> actions of the world model, and what the
+    policy must learn besides. By default: z, 0."""
+
+    def __init__(self, args, world_config, limits, device):
+        self.kind, self.actions, self.inverse = args.latents, None, None
+        if args.latents == "true":
+            self.actions = Normalizer(world_config["action_dim"])
+            self.actions.fit(limits)
+            self.actions.to(device)
+        if args.latent_source == "inverse":
+            self.inverse = InverseDynamics(world_config).to(device)
+
+    def __call__(self, z, batch):
+        """(B, n, Z), batch -> (B, n, Z), scalar"""
+        if self.inverse:                # the policy never sees the future, so it can only learn the mean
+            seen = self.inverse(batch["frames"])
+            return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
+        if self.kind == "shuffled":
+            z = z.roll(1, 0)            # of another clip of the batch: the gradient reaches the policy
+        elif self.kind == "zero":
+            z = torch.zeros_like(z)
+        elif self.kind == "detached":   # UPSTREAM: torch.tensor() does this unintentionally
+            z = z.detach()
+        elif self.kind == "true":
+            z = self.actions.normalize(batch["actions"])
+        return z, 0.0
+
+    @property
+    def teaches(self):
+        """Whether the policy gets a gradient."""
+        return self.kind in ("learned", "shuffled")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -224,11 +284,21 @@ def check_gradients(policy):
 def main(argv=None):
     args = arguments(argv)
     out = Path(args.out)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers",
-                                      "log_every", "save_every", "eval_every"})
-    at_least(args, 1, "chunk", "latent_dim", "steps", "log_every", "save_every", "eval_every", "eval_windows")
-    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "label_data",
+                                      "probe_data", "workers", "log_every", "save_every", "eval_every"})
+    at_least(args, 1, "chunk", "latent_dim", "latent_calls", "steps", "log_every", "save_every",
+             "eval_every", "eval_windows")
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed", "labels_weight")
     at_least(args, 2 if args.latent_norm == "batch" else 1, "batch_size")    # one sample has no variance
+    supervised = args.world_model == "none"
+    for name in ("labels_frac", "mask"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(args, name)}")
+    if supervised and not args.labels_frac:
+        raise InputError("--world-model none learns from true actions alone: give --labels-frac, 1 for all")
+    if args.latent_source == "inverse" and args.latents != "learned":
+        raise InputError(f"--latents {args.latents} is a control of the policy's own latents: leave out "
+                         "--latent-source inverse")
     origin = provenance()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -236,49 +306,90 @@ def main(argv=None):
     device = pick_device(args.device)
 
     # ---- data ----
-    train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, cameras=1, future=True,
-                               split=split, labels=False)
-                       for split in ("train", "val"))      # the world model watches the main view
+    views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
+    source, shared = args.label_data or args.data, dict(cameras=views)
+    labelled = None
+    if args.labels_frac:
+        strides = args.strides or even_strides([*args.data, *source])[-len(source):]
+        labelled = Mixture(source, args.chunk, None, strides, split="train", fraction=args.labels_frac,
+                           **shared)
+        if labelled.action_dim is None:
+            raise InputError(f"{source[0]} holds video only: name demonstrations with --label-data, or "
+                             "--labels-frac 0")
+        shared["text_encoder"] = labelled.text_encoder
+    if supervised:
+        train, held_out = labelled, Mixture(source, args.chunk, None, strides, split="val", **shared)
+    else:
+        labels = [*["actions"] * (args.latents == "true"), *["proprio"] * args.proprio]
+        train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, future=views,
+                                   split=split, labels=labels, **shared) for split in ("train", "val"))
+        for name, wanted, got in (("latents true", args.latents == "true", train.action_dim),
+                                  ("proprio", args.proprio, train.proprio_dim)):
+            if wanted and not got:
+                raise InputError(f"--{name} needs data that have it, {args.data[0]} has video only")
     # Four windows near each other at a time, mostly of one episode: latents can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(held_out))
     eval_batch = to_device(next(iter(DataLoader(Subset(held_out, rows), batch_size=len(rows)))), device)
     probe = None
-    if args.probe_data != "none":
+    if args.probe_data != "none" and not supervised:
         if not Path(args.probe_data).exists():
             raise InputError(f"no labelled demonstrations at {args.probe_data}: name some, "
                              "or type --probe-data none")
-        probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=1, split=split,
+        probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split,
                                        text_encoder=train.text_encoder) for split in ("train", "val")}
-        if probe["val"].action_dim is None or probe["val"].image_size != train.image_size:
-            raise InputError(f"--probe-data {args.probe_data} must hold actions and images of "
+        if (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
+                or len(probe["val"].cameras) < views):
+            raise InputError(f"--probe-data {args.probe_data} must hold actions and {views} cameras of "
                              f"{train.image_size} pixels, as {args.data[0]}: name others, or "
                              "--probe-data none")
 
     # ---- policy, world model, one optimiser over both ----
+    numbers = policy_numbers(args.policy, args.policy_size)
+    if args.latent_calls:
+        if "latent_calls" not in numbers:
+            raise InputError(f"--latent-calls is of --policy diffusion, {args.policy} calls its network once")
+        numbers["latent_calls"] = args.latent_calls
+    head = "action" if supervised else "add" if labelled else "latent"
     config = dict(policy=args.policy, cameras=train.cameras, image_size=train.image_size, chunk=args.chunk,
-                  text_dim=train.text_dim, proprio_dim=None, action_dim=None, latent_dim=args.latent_dim,
-                  latent_norm=args.latent_norm == "batch", head="latent", proprio_dropout=0.0,
-                  **policy_numbers(args.policy, args.policy_size))
-    world_config = dict(size=args.world_model, image_size=train.image_size, action_dim=args.latent_dim,
-                        predict=args.predict, motion_weight=args.motion_weight, free_bits=args.free_bits,
-                        decode_steps=args.decode_steps)
-    policy, world_model = make_policy(config).to(device), WorldModel(world_config).to(device)
+                  text_dim=train.text_dim, proprio_dim=None, action_dim=labelled and labelled.action_dim,
+                  latent_dim=args.latent_dim, latent_norm=args.latent_norm == "batch", head=head,
+                  proprio_dropout=0.0, **numbers)
+    policy = make_policy(config).to(device)
+    if labelled:
+        policy.action_norm.fit(labelled.limits("actions"))
+    world_config, world_model, feed = None, None, None
+    if not supervised:
+        fed_dim = train.action_dim if args.latents == "true" else args.latent_dim
+        world_config = dict(size=args.world_model, image_size=train.image_size, action_dim=fed_dim,
+                            predict=args.predict, target=args.target, motion_weight=args.motion_weight,
+                            free_bits=args.free_bits, decode_steps=args.decode_steps, mask=args.mask,
+                            context_frame=args.context_frame, views=views,
+                            proprio_dim=train.proprio_dim if args.proprio else None)
+        world_model = WorldModel(world_config).to(device)
+        if args.proprio:
+            world_model.proprio_norm.fit(train.limits("proprio"))
+        feed = Feed(args, world_config, args.latents == "true" and train.limits("actions"), device)
+    modules = {"policy": policy, **({"world_model": world_model} if world_model else {}),
+               **({"inverse": feed.inverse} if feed and feed.inverse else {})}
     # UPSTREAM: betas (0.95, 0.999), no decay of biases and norms; at 1e-6 the decay hardly matters.
-    optimizer = torch.optim.AdamW([{"params": policy.parameters(), "peak": args.lr},
-                                   {"params": world_model.parameters(), "peak": args.world_model_lr}],
-                                  betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW([
+        {"params": module.parameters(), "peak": args.lr if name == "policy" else args.world_model_lr}
+        for name, module in modules.items()], betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes\n"
           f"policy       {args.policy} {args.policy_size}, {count(policy):,} parameters, chunk {args.chunk}, "
-          f"latents of {args.latent_dim}\n"
-          f"world model  {args.world_model}, {count(world_model):,} parameters")
-    start = 0
+          + ("true actions" if supervised else f"latents of {args.latent_dim}"))
+    if world_model:
+        print(f"world model  {args.world_model}, {count(world_model):,} parameters, predicts {args.target}")
+    if labelled and world_model:
+        print(f"labels       of {labelled.num_episodes:,} episodes of {' '.join(source)}")
+    start, fingerprint = 0, train.fingerprint + (f"+{labelled.fingerprint}" if labelled else "")
     if checkpoint:
-        if checkpoint["fingerprint"] != train.fingerprint:
+        if checkpoint["fingerprint"] != fingerprint:
             raise InputError(f"{' '.join(args.data)} is not the data that {out}/last.pt was trained on: "
                              "restore it, or give another --out")
-        policy.load_state_dict(checkpoint["policy"])
-        world_model.load_state_dict(checkpoint["world_model"])
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
@@ -288,18 +399,29 @@ def main(argv=None):
 
     def save(step):
         save_checkpoint(out / "last.pt", dict(
-            stage="pretrain", step=step, config=config, policy=policy.state_dict(), world_config=world_config,
-            world_model=world_model.state_dict(), optimizer=optimizer.state_dict(),
-            args=vars(args), text_encoder=train.text_encoder, data=train.attrs, fingerprint=train.fingerprint,
-            provenance=origin))
+            stage="pretrain", step=step, config=config, world_config=world_config,
+            **{name: module.state_dict() for name, module in modules.items()},
+            optimizer=optimizer.state_dict(), args=vars(args), text_encoder=train.text_encoder,
+            data=train.attrs, fingerprint=fingerprint, provenance=origin))
 
+    @torch.no_grad()
     def report(step):
-        policy.eval(), world_model.eval()
-        metrics = latent_action_report(policy, world_model, eval_batch, args.seed)
+        for module in modules.values():
+            module.eval()
+        metrics = {}
+        if world_model:
+            z, _ = feed(policy.latent_actions(eval_batch["obs"]), eval_batch)
+            metrics = latent_action_report(z, world_model, eval_batch, args.seed)
+            open_loop_strip(z, world_model, eval_batch, out / "open_loop.png")
+        if supervised:
+            torch.manual_seed(args.seed)
+            action_loss, more = policy.loss(eval_batch)
+            metrics.update({"held_out/action_loss": action_loss.item(),
+                            **{f"held_out/{k}": v for k, v in more.items()}})
         if probe:
             metrics["probe_r2"] = latent_probe(policy, probe, device)
-        open_loop_strip(policy, world_model, eval_batch, out / "open_loop.png")
-        policy.train(), world_model.train()
+        for module in modules.values():
+            module.train()
         log(step, metrics)
 
     # Batch and noise of a step follow from (seed, step) alone: no more need be saved for an exact resume.
@@ -311,36 +433,56 @@ def main(argv=None):
     bar, clock, waited = (tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True),
                           time.time(), 0.0)
     for step, batch in enumerate(loader, start):
+        if labelled and world_model:                                        # a quarter more windows
+            rows = labelled.draw(np.random.default_rng([args.seed, step, 1]), max(2, args.batch_size // 4))
+            labels = default_collate([labelled[row] for row in rows])
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step)
         batch = to_device(batch, device)
-        # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few of them at this scale.
-        batch["frames"] = random_shift(batch["frames"], args.shift)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 5 %
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
-        obs = {"images": {train.cameras[0]: batch["frames"][:, 0]},
-               "instruction": batch["obs"]["instruction"]}
+        if world_model:
+            # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few at this scale.
+            batch["frames"] = random_shift(batch["frames"], args.shift)               # (B, n+1, 3V, H, W)
+            obs = {"images": dict(zip(train.cameras, batch["frames"][:, 0].split(3, 1))),
+                   "instruction": batch["obs"]["instruction"]}
 
-        z = policy.latent_actions(obs)                                      # (B, n, Z)
-        loss, logs = world_model.loss(batch["frames"], z, batch["is_pad"])  # (Eq. 5); gradients flow into z
-        loss.backward()                                                     # ... and the policy: no detach!
+            z = policy.latent_actions(obs)                                            # (B, n, Z)
+            fed, distilled = feed(z, batch)                                           # z, 0; see --latents
+            loss, logs = world_model.loss(batch["frames"], fed, batch["is_pad"], batch.get("proprio"))
+            loss = loss + distilled                 # (Eq. 5); its gradient flows through z into the policy
+            if feed.inverse:
+                logs["distilled"] = distilled.item()
+        if labelled:
+            batch = to_device(labels, device) if world_model else batch
+            batch["obs"]["images"] = {c: random_shift(x, args.shift)
+                                      for c, x in batch["obs"]["images"].items()}
+            action_loss, more = policy.loss(batch)                                    # (Eq. 6), (Eq. 7)
+            loss = loss + args.labels_weight * action_loss if world_model else action_loss
+            logs = {**(logs if world_model else {}), "labels/action_loss": action_loss.item(),
+                    **{f"labels/{k}": v for k, v in more.items()}}
+        loss.backward()
         if not loss.isfinite():
             raise InputError(f"loss is {loss.item()} at step {step}: lower --lr or --clip; "
                              "last.pt is from before")
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in m.parameters() if p.grad is not None])
-                 for m in (policy, world_model)]
+        norms = {f"grad_norm/{name}": torch.nn.utils.get_total_norm(
+            [p.grad for p in module.parameters() if p.grad is not None]).item()
+            for name, module in modules.items()}
         if step == start:
-            check_gradients(policy)
-        torch.nn.utils.clip_grad_norm_([*policy.parameters(), *world_model.parameters()], args.clip)
+            if labelled or feed.inverse or feed.teaches:
+                check_gradients(policy)
+            else:
+                tqdm.write(f"gradient     reaches none of the {len(list(policy.parameters()))} policy "
+                           f"tensors: --latents {args.latents} is a control, its policy is not trained")
+        torch.nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         done = step + 1
         bar.update()
         if done % args.log_every == 0 or done == args.steps:
-            log(done, {"loss": loss.item(), **logs, "grad_norm/policy": norms[0].item(),
-                       "grad_norm/world_model": norms[1].item(), "lr": optimizer.param_groups[0]["lr"],
+            log(done, {"loss": loss.item(), **logs, **norms, "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
         if done % args.eval_every == 0 or done == args.steps:
             report(done)
@@ -348,7 +490,8 @@ def main(argv=None):
             save(done)
         clock = time.time()
     bar.close()
-    print(f"wrote        {out}/last.pt (step {args.steps:,}), metrics.jsonl, open_loop.png")
+    print(f"wrote        {out}/last.pt (step {args.steps:,}), metrics.jsonl"
+          + ", open_loop.png" * (world_model is not None))
 
 
 if __name__ == "__main__":

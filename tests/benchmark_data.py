@@ -190,7 +190,7 @@ def main():
               f"  prepare_data.py bridge            {whole:6.1f} = {whole / full:.0%}; steady {steady:.1f} = "
               f"{steady / full:.0%}; of half size {whole / half:.0%} and {steady / half:.0%}\n  {about}")
 
-        data = prepare_data.EpisodeDataset(folder / "ssv2_all", 10, future=True)
+        data = prepare_data.EpisodeDataset(folder / "ssv2_all", 10, future=1)
         windows = iter(np.random.default_rng(0).integers(len(data), size=20_000).tolist())
         rate = per_cpu_second(lambda: data[next(windows)], 3000)
         print(f"\nreading: {rate:.0f} random windows of 11 frames at {SIZE} pixels, of {len(data):,} in "

@@ -215,8 +215,7 @@ def test_the_same_seed_gives_the_same_numbers_and_a_result_is_not_overwritten_un
 
 
 def test_statistics_of_random_policies_are_measured_before_they_are_compared():
-    policy = make_policy(CONFIG).eval()
-    policy.cameras = ["wrist"]
+    policy = make_policy({**CONFIG, "cameras": ["wrist"]}).eval()
     data = FakeData("", 4, split="train", text_encoder="hash")
 
     def spread():
@@ -232,14 +231,14 @@ def test_statistics_of_random_policies_are_measured_before_they_are_compared():
 def test_what_cannot_be_analysed_is_refused_with_a_way_out(tmp_path, monkeypatch):
     good = write_checkpoint(tmp_path / "good.pt")
     broken = torch.load(good, weights_only=True)
-    broken["policy"]["action_token"][3] = torch.inf
+    broken["policy"]["query"][3] = torch.inf
     save_checkpoint(tmp_path / "broken.pt", broken)
 
     def refused(message, *flags, checkpoint=good):
         with pytest.raises(InputError, match=message):
             cca.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *flags])
 
-    refused("NaN or infinity in 1 tensors .first: action_token", checkpoint=tmp_path / "broken.pt")
+    refused("NaN or infinity in 1 tensors .first: query", checkpoint=tmp_path / "broken.pt")
     refused("finetuned on actions", checkpoint=write_checkpoint(tmp_path / "fine.pt", stage="finetune"))
     refused("embedded with hash, not minilm",
             checkpoint=write_checkpoint(tmp_path / "text.pt", text_encoder="minilm"))

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binomtest
 
 import evaluate
-from models import ActionChunker, BAKU, InputError, make_policy, save_checkpoint
+from models import ActionChunker, InputError, make_policy, save_checkpoint
 
 
 TASKS = {"push": evaluate.Task(("push the cup", "push it"), 20), "pull": evaluate.Task(("pull the cup",), 20),
@@ -82,11 +82,15 @@ def bench(monkeypatch):
     return fake_benchmark(evaluate.arguments([]), {})
 
 
-def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", **data):
+SMALL = {"baku": dict(width=16, layers=1, heads=2, channels=8, dropout=0.1),
+         "diffusion": dict(width=16, channels=8, down=(16, 32), step_width=8, latent_calls=1)}
+
+
+def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", policy="baku",
+                     **data):
     torch.manual_seed(seed)
-    config = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7,
-                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
-                  **(BAKU.SIZES["tiny"] | dict(width=16, layers=1, heads=2, channels=8)))
+    config = dict(policy=policy, cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7,
+                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0, **SMALL[policy])
     policy = make_policy(config)
     if head == "action":
         policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
@@ -108,9 +112,11 @@ def run(out, *flags):
 # ---- processes -------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_processes_and_a_kill_change_nothing(tmp_path):
-    """To the last bit: `actions` is a hash of all actions of an episode."""
-    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "4", "--batch", "4")
+@pytest.mark.parametrize("policy", SMALL)
+def test_the_number_of_processes_and_a_kill_change_nothing(tmp_path, policy):
+    """To the last bit: `actions` is a hash of all actions of an episode. Also of a policy that draws noise."""
+    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt", policy=policy), "--episodes", "4",
+             "--batch", "4")
     whole = run(tmp_path / "0", *flags)
     assert len({e["actions"] for arm in whole["arms"].values() for e in arm["tasks"]["push"]["episodes"]}) > 4
     for workers in ("1", "2"):
@@ -305,7 +311,7 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
     foreign = write_checkpoint(tmp_path / "foreign.pt", instructions=["open the drawer"])
     slow = write_checkpoint(tmp_path / "slow.pt", mixture=[{"path": "data/robot", "fps": 20, "stride": 2}])
     broken = torch.load(good, weights_only=True)
-    broken["policy"]["action_token"][0] = torch.nan
+    broken["policy"]["query"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
     for flags, message in ((("--checkpoint", latent), "finetune it first"),
                            (("--checkpoint", foreign), "--tasks"),
@@ -417,6 +423,20 @@ def test_the_papers_rows_stand_beside_ours_and_only_what_is_alike_is_ours(tmp_pa
     short = settings | {"max_steps": 20}
     write("here", 50, [10, 10], max_steps=20)
     assert evaluate.paper_table(tmp_path / "here", arm, short).splitlines()[-1].count("not run") == 5
+
+
+def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsys):
+    for name, seed in (("one", 0), ("two", 1)):
+        checkpoint = write_checkpoint(tmp_path / f"{name}.pt", seed)
+        run(tmp_path / name / "eval_fake", "--checkpoint", checkpoint, "--episodes", "3", "--no-controls")
+    capsys.readouterr()
+    files = [str(tmp_path / name / "eval_fake" / "results.json") for name in ("two", "one")]
+    evaluate.main(["--figure", *files, "--out", str(tmp_path)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:4]] == ["two", "one"] and "/6" in rows[2]
+    assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
+    with pytest.raises(InputError, match="no results.json of this script"):
+        evaluate.main(["--figure", str(tmp_path / "one.pt")])
 
 
 # ---- the twin itself -------------------------------------------------------------------------------------

@@ -1,26 +1,37 @@
 """Claims of models.py: gradients, masks, categoricals, chunk execution, checkpoints."""
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, kl_divergence
 
 import models as m
+import world_model as w
 
-TINY = dict(width=32, layers=2, heads=2, channels=8, dropout=0.0)
-B, N = 6, 5
+TINY = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
+        "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
+        "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, latent_calls=1)}
+B, N, A, Z = 5, 6, 7, 3
 
 
-def config(head="latent", cameras=("front",), proprio_dim=None, latent_norm=True, **more):
-    return {**dict(policy="baku", cameras=list(cameras), image_size=32, chunk=N, text_dim=16,
-                   proprio_dim=proprio_dim, action_dim=7, latent_dim=7, latent_norm=latent_norm, head=head,
-                   proprio_dropout=0.0), **TINY, **more}
+def config(head="latent", cameras=("front",), proprio_dim=None, latent_norm=True, policy="baku", **more):
+    return {**dict(policy=policy, cameras=list(cameras), image_size=32, chunk=N, text_dim=16,
+                   proprio_dim=proprio_dim, action_dim=A, latent_dim=Z, latent_norm=latent_norm, head=head,
+                   proprio_dropout=0.0), **TINY[policy], **more}
 
 
 def world(predict="posterior", **more):
-    return m.WorldModel({**dict(size="tiny", image_size=32, action_dim=7, predict=predict, motion_weight=0.0,
-                                free_bits=0.0, decode_steps=0), **more})
+    return w.WorldModel({**dict(size="tiny", image_size=32, action_dim=Z, predict=predict, target="pixels",
+                                motion_weight=0.0, free_bits=0.0, decode_steps=0, context_frame=True,
+                                mask=0.0, views=1, proprio_dim=None), **more})
+
+
+def video(views=1):
+    return torch.randint(0, 255, (B, N + 1, 3 * views, 32, 32), dtype=torch.uint8)
+
+
+NO_PAD = torch.zeros(B, N, dtype=torch.bool)
 
 
 def observation(cameras=("front",), proprio=False):
@@ -39,146 +50,58 @@ def seed():
 @pytest.mark.parametrize("policy, latent_norm, predict", list(itertools.product(
     m.POLICIES, (True, False), ("posterior", "prior", "both"))))
 def test_world_model_loss_reaches_every_policy_parameter(policy, latent_norm, predict):
-    policy = m.make_policy(config(latent_norm=latent_norm) | {"policy": policy})
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    loss, _ = world(predict).loss(images, policy.latent_actions(observation()),
-                                  torch.zeros(B, N, dtype=torch.bool))
+    policy = m.make_policy(config(latent_norm=latent_norm, policy=policy))
+    loss, _ = world(predict).loss(video(), policy.latent_actions(observation()), NO_PAD)
     loss.backward()
     for name, p in policy.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"no gradient reaches {name}"
 
 
-@pytest.mark.parametrize("predict", ("posterior", "prior", "both"))
-def test_every_latent_action_acts_the_first_included(predict):
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    actions = torch.randn(B, N, 7, requires_grad=True)
-    loss, _ = world(predict).loss(images, actions, torch.zeros(B, N, dtype=torch.bool))
-    loss.backward()
-    assert (actions.grad.abs().sum((0, 2)) > 0).all(), actions.grad.abs().sum((0, 2))
-
-
-# ---- world model ----
-
-def test_kl_and_unimix_agree_with_torch_distributions():
-    p, q = m.unimix(torch.randn(4, 3, 8) * 3), m.unimix(torch.randn(4, 3, 8) * 3)
-    reference = kl_divergence(Independent(Categorical(logits=p), 1), Independent(Categorical(logits=q), 1))
-    torch.testing.assert_close(m.kl_categorical(p, q), reference)
-    torch.testing.assert_close(m.kl_categorical(p, p), torch.zeros(4))
-    certain = m.unimix(torch.tensor([[[1e4, 0.0]]]))
-    assert m.kl_categorical(certain, certain.flip(-1)).isfinite().all(), (
-        "a saturated categorical must not give infinite KL")
-
-
-def test_straight_through_sample_is_one_hot_and_has_the_gradient_of_the_probabilities():
-    logits = torch.randn(2000, 1, 4)
-    logits[:] = logits[0]
-    log_probs = m.unimix(logits).requires_grad_()
-    sample, weight = m.sample_straight_through(log_probs), torch.randn(4)
-    torch.testing.assert_close(sample.detach().sum(-1), torch.ones(2000, 1))
-    assert (sample.detach().mean((0, 1)) - log_probs[0, 0].exp()).abs().max() < 0.04, (
-        "frequencies must be the probabilities")
-    (sample * weight).sum().backward()
-    torch.testing.assert_close(log_probs.grad, weight * log_probs.exp().detach())
-
-
-def test_block_gru_with_one_block_is_a_plain_gru():
-    size = {**m.WORLD_MODEL_SIZES["tiny"], "blocks": 1}
-    rssm = m.RSSM(size, 8, 7)
-    state, action = {"deter": torch.randn(B, 256).tanh(), "stoch": torch.randn(B, 32, 16)}, torch.rand(B, 7)
-    h = state["deter"]
-    x = torch.cat([h, rssm.in_deter(h), rssm.in_stoch(state["stoch"].flatten(1)), rssm.in_action(action)], -1)
-    x = torch.nn.functional.silu(rssm.hidden_norm(x @ rssm.hidden.weight[0] + rssm.hidden.bias[0]))
-    r, c, u = (x @ rssm.gates.weight[0] + rssm.gates.bias[0]).chunk(3, -1)
-    u = torch.sigmoid(u - 1)
-    torch.testing.assert_close(rssm.sequence(state, action),
-                               u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h)
-
-
-def test_states_do_not_see_the_future():
-    model, actions = world(), torch.randn(B, N, 7)
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    changed, later = images.clone(), actions.clone()
-    changed[:, 4:], later[:, 3:] = 0, 0
-    runs = []
-    for i, a in ((images, actions), (changed, later)):
-        torch.manual_seed(1)
-        runs.append(model.observe(i, a)[1]["logits"])
-    assert torch.equal(runs[0][:, :3], runs[1][:, :3]), (
-        "frames from o_4 and actions from a_3 on must not reach states 1 to 3")
-    assert not torch.equal(runs[0][:, 3], runs[1][:, 3])
-
-
-def test_padded_steps_cost_nothing_and_count_nowhere():
-    model, actions = world("both"), torch.randn(B, N, 7)
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    is_pad = torch.zeros(B, N, dtype=torch.bool)
-    is_pad[:, 3:] = True
-    garbage = images.clone()
-    garbage[:, 4:] = 255 - garbage[:, 4:]
-    losses = []
-    for frames in (images, garbage):
-        torch.manual_seed(1)
-        losses.append(model.loss(frames, actions, is_pad)[0].item())
-    assert losses[0] == losses[1], "o_k+1 of a padded step must not be scored"
-    x, pad = torch.tensor([[1.0, 2.0, 100.0]]), torch.tensor([[False, False, True]])
-    assert m.masked_mean(x, pad) == 1.5, "the denominator counts valid steps only"
-
-
-def test_free_bits_stop_the_gradient_below_them():
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    model = world(free_bits=1e6)
-    model.loss(images, torch.randn(B, N, 7), torch.zeros(B, N, dtype=torch.bool))[0].backward()
-    assert all(p.grad is None or not p.grad.any() for p in model.rssm.prior_net.parameters())
-
-
-def test_drawing_few_frames_has_the_expectation_of_drawing_all():
-    model, actions = world("prior"), torch.randn(B, N, 7)
-    images = torch.randint(0, 255, (B, N + 1, 3, 32, 32), dtype=torch.uint8)
-    few = torch.stack([model.losses(images, actions, decode_steps=2)["open_loop"].mean() for _ in range(300)])
-    all_ = torch.stack([model.losses(images, actions)["open_loop"].mean() for _ in range(20)])
-    assert abs(few.mean() - all_.mean()) < 4 * (few.std() / 300 ** 0.5 + all_.std() / 20 ** 0.5)
-
-
-def test_asking_for_more_frames_than_the_chunk_has_draws_them_all():
-    images = torch.randint(0, 255, (B, 3, 3, 32, 32), dtype=torch.uint8)
-    torch.manual_seed(0)
-    model, actions, losses = world(), torch.randn(B, 2, 7), []
-    for steps in (0, 4):
-        torch.manual_seed(1)
-        losses.append(model.losses(images, actions, decode_steps=steps)["recon"])
-    assert torch.equal(*losses)
-
-
-def test_world_model_takes_only_sizes_it_can_halve():
-    with pytest.raises(m.InputError, match="16, 32, 64 or 128"):
-        world(image_size=100)
-
-
 # ---- policies ----
 
-def test_policy_loss_ignores_padded_steps():
-    policy = m.make_policy(config("action"))
-    batch = {"obs": observation(), "actions": torch.rand(B, N, 7),
-             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+def demonstrations(count=B, cameras=("front",), proprio=False):
+    obs = {"images": {c: torch.randint(0, 255, (count, 3, 32, 32), dtype=torch.uint8) for c in cameras},
+           "instruction": torch.randn(count, 16), **({"proprio": torch.randn(count, 7)} if proprio else {})}
+    return {"obs": obs, "actions": torch.rand(count, N, A) * 2 - 1,
+            "is_pad": torch.zeros(count, N, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("policy", ("baku", "act"))
+def test_policy_loss_ignores_padded_steps(policy):
+    policy, batch = m.make_policy(config("action", policy=policy)), demonstrations()
     batch["is_pad"][:, 2:] = True
-    first = policy.loss(batch)[0]
-    batch["actions"][:, 2:] = 99.0
-    assert policy.loss(batch)[0] == first
+    losses = []
+    for garbage in (0.0, 99.0):
+        batch["actions"][:, 2:] = garbage
+        torch.manual_seed(1)
+        losses.append(policy.loss(batch)[0].item())
+    assert losses[0] == losses[1]
+
+
+def test_diffusion_scores_no_padded_step():
+    """Its U-Net sees the whole chunk, the hold action that fills it included; it is not scored there."""
+    policy, batch = m.make_policy(config("action", policy="diffusion")), demonstrations()
+    batch["is_pad"][:, 2:] = True
+    policy.velocity = lambda x, tau, condition: torch.zeros_like(x)
+    losses = []
+    for garbage in (0.0, 99.0):
+        batch["actions"][:, 2:] = garbage
+        torch.manual_seed(1)
+        losses.append(policy.loss(batch)[0].item())
+    assert losses[0] == losses[1]
 
 
 def test_loss_is_the_negative_log_likelihood_of_eq_6():
-    policy = m.make_policy(config("action")).eval()
-    batch = {"obs": observation(), "actions": torch.rand(B, N, 7),
-             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+    policy, batch = m.make_policy(config("action")).eval(), demonstrations()
     mean = policy.action_norm.normalize(policy.act(batch["obs"]))
     reference = -torch.distributions.Normal(mean, policy.STD).log_prob(batch["actions"]).mean()
     torch.testing.assert_close(policy.loss(batch)[0].detach(), reference)
 
 
-def test_forward_does_not_change_the_batch():
-    policy = m.make_policy(config("action", ("front", "side"), 7)).eval()
-    batch = {"obs": observation(("front", "side"), True), "actions": torch.rand(B, N, 7),
-             "is_pad": torch.zeros(B, N, dtype=torch.bool)}
+@pytest.mark.parametrize("policy", m.POLICIES)
+def test_forward_does_not_change_the_batch(policy):
+    policy = m.make_policy(config("action", ("front", "side"), 7, policy=policy)).eval()
+    batch = demonstrations(cameras=("front", "side"), proprio=True)
     before = {"front": batch["obs"]["images"]["front"].clone(), "proprio": batch["obs"]["proprio"].clone(),
               "actions": batch["actions"].clone()}
     policy.loss(batch), policy.act(batch["obs"])
@@ -188,8 +111,9 @@ def test_forward_does_not_change_the_batch():
             and set(batch["obs"]["images"]) == {"front", "side"})
 
 
-def test_policy_reads_instruction_every_camera_and_proprio():
-    policy = m.make_policy(config("action", ("front", "side"), 7)).eval()
+@pytest.mark.parametrize("policy", m.POLICIES)
+def test_policy_reads_instruction_every_camera_and_proprio(policy):
+    policy = m.make_policy(config("action", ("front", "side"), 7, policy=policy)).eval()
     obs = observation(("front", "side"), True)
     first = policy.act(obs)
     for change in ("front", "side", "instruction", "proprio"):
@@ -199,19 +123,173 @@ def test_policy_reads_instruction_every_camera_and_proprio():
         assert not torch.allclose(policy.act(other), first), f"{change} is not used"
 
 
-def test_policy_overfits_eight_demonstrations():
-    policy = m.make_policy(config("action", ("front",), 7, dropout=0.0))
-    obs = {"images": {"front": torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)},
-           "instruction": torch.randn(8, 16), "proprio": torch.randn(8, 7)}
-    batch = {"obs": obs, "actions": torch.rand(8, N, 7) * 2 - 1,
-             "is_pad": torch.zeros(8, N, dtype=torch.bool)}
+@pytest.mark.parametrize("policy", m.POLICIES)
+def test_policy_overfits_eight_demonstrations(policy):
+    policy = m.make_policy(config("action", proprio_dim=7, policy=policy))
+    batch = demonstrations(8, proprio=True)
+    batch["actions"] = batch["actions"][:, :1] * torch.linspace(1, -1, N)[:, None]      # smooth, as real ones
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(250):
+    steps = 450 if isinstance(policy, m.DiffusionPolicy) else 250
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        policy.loss(batch)[0].backward()
+        optimizer.step(), schedule.step()
+    error = (policy.eval().act(batch["obs"]) - batch["actions"]).abs().mean()
+    assert error < 0.1, f"mean error {error:.3f} of actions in [-1, 1]"
+
+
+@pytest.mark.parametrize("policy, head", list(itertools.product(m.POLICIES, ("action", "add"))))
+def test_the_action_loss_reaches_every_policy_parameter(policy, head):
+    policy = m.make_policy(config(head, ("front", "side"), 7, policy=policy))
+    policy.loss(demonstrations(cameras=("front", "side"), proprio=True))[0].backward()
+    for name, p in policy.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f"no gradient reaches {name}"
+
+
+@pytest.mark.parametrize("policy", m.POLICIES)
+def test_latent_actions_are_bounded_repeatable_and_differ_between_observations(policy):
+    policy = m.make_policy(config(policy=policy))
+    for _ in range(5):
+        policy.latent_actions(observation())                    # statistics of latent_norm
+    obs = observation()
+    z, again = policy.eval().latent_actions(obs), policy.latent_actions(obs)
+    assert z.shape == (B, N, Z) and z.abs().max() < 1 and torch.equal(z, again)
+    assert z.std(0).mean() > 0.05
+    with pytest.raises(m.InputError, match="no latent actions"):
+        m.make_policy(config("action", policy=policy.config["policy"])).latent_actions(obs)
+
+
+# ---- Diffusion Policy ----
+
+@pytest.mark.parametrize("calls", (1, 4))
+def test_one_call_and_the_unrolled_sampler_both_teach_the_policy(calls):
+    policy = m.make_policy(config(policy="diffusion", latent_calls=calls))
+    world("both").loss(video(), policy.latent_actions(observation()), NO_PAD)[0].backward()
+    dead = [n for n, p in policy.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead, dead
+
+
+def diffusion(**more):
+    return m.make_policy(config("action", policy="diffusion", **more)).eval()
+
+
+def test_noise_schedule_is_the_squared_cosine():
+    ab, t = diffusion().alpha_bar, np.arange(1, 100)
+    cosine = np.cos((t / 100 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(ab[:99], cosine, rtol=1e-4)      # alpha_bar(tau) after step tau + 1
+    assert len(ab) == 100 and ab[0] > 0.999 and ab[99] < 1e-6
+
+
+@pytest.mark.parametrize("steps", (1, 10, 100))
+def test_ddim_with_the_true_noise_comes_back_to_the_action(steps):
+    policy, a, x = diffusion(), torch.rand(B, N, A) * 2 - 1, torch.randn(B, N, A)
+
+    def true(x, tau):           # v of the noise that is in x, if a is the clean chunk
+        ab = policy.alpha_bar[tau][:, None, None]
+        noise = (x - ab.sqrt() * a) / (1 - ab).sqrt()
+        return ab.sqrt() * noise - (1 - ab).sqrt() * a
+
+    torch.testing.assert_close(policy.sample(x, steps, true), a, rtol=1e-3, atol=1e-3)
+
+
+def test_velocity_says_both_noise_and_action():
+    policy, a, noise = diffusion(), torch.rand(B, N, A), torch.randn(B, N, A)
+    tau = torch.tensor([0, 20, 50, 80, 99])
+    ab = policy.alpha_bar[tau][:, None, None]
+    x, v = ab.sqrt() * a + (1 - ab).sqrt() * noise, ab.sqrt() * noise - (1 - ab).sqrt() * a
+    came = policy.split(x, tau, v)
+    torch.testing.assert_close(came[0], a)
+    torch.testing.assert_close(came[1], noise)
+
+
+def test_ddim_maps_a_gaussian_to_a_gaussian_as_its_closed_form():
+    """For actions ~ N(m, s^2) the best guess is known and every DDIM step is linear: in the limit of many
+    steps noise x goes to m + s x."""
+    policy, mean, std, x = diffusion(), 0.2, 0.1, torch.randn(B, N, A)
+    policy.STEPS = 1000
+    policy.alpha_bar = torch.tensor([math.cos(t / 1000 * math.pi / 2) ** 2 for t in range(1, 1000)] + [1e-6])
+
+    def best(x, tau):
+        ab = policy.alpha_bar[tau][:, None, None]
+        variance = ab * std ** 2 + 1 - ab                                   # of x
+        a = mean + ab.sqrt() * std ** 2 / variance * (x - ab.sqrt() * mean)
+        noise = (1 - ab).sqrt() / variance * (x - ab.sqrt() * mean)
+        return ab.sqrt() * noise - (1 - ab).sqrt() * a
+
+    torch.testing.assert_close(policy.sample(x, 1000, best), mean + std * x, rtol=0.02, atol=0.005)
+
+
+def test_diffusion_recovers_a_bimodal_distribution():
+    """Half of the demonstrations go left, half go right, from the same observation. A regression goes through
+    the middle; samples go left or right, about equally often."""
+    policy, batch = m.make_policy(config("action", policy="diffusion")), demonstrations(16)
+    policy.encode = lambda obs: torch.zeros(len(obs["instruction"]), 64)                # one observation
+    side = torch.where(torch.arange(16) % 2 == 0, -0.6, 0.6)
+    batch["actions"] = side[:, None, None].expand(16, N, A).clone()
+    optimizer = torch.optim.Adam(policy.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    for _ in range(300):
+        optimizer.zero_grad()
+        policy.loss(batch)[0].backward()
+        optimizer.step(), schedule.step()
+    obs = {"images": {"front": torch.zeros(64, 3, 32, 32)}, "instruction": torch.zeros(64, 16)}
+    came = policy.eval().act({**obs, "noise": torch.randn(64, N, A)}).mean((1, 2))
+    assert ((came.abs() - 0.6).abs() < 0.15).float().mean() > 0.85, came
+    assert 0.25 < (came > 0).float().mean() < 0.75, came
+
+
+def test_diffusion_draws_what_it_is_given_and_nothing_else():
+    policy, obs = diffusion(), observation()
+    noise = torch.randn(B, N, A)
+    first = policy.act({**obs, "noise": noise})
+    assert torch.equal(policy.act({**obs, "noise": noise}), first)
+    assert not torch.allclose(policy.act({**obs, "noise": -noise}), first)
+    assert torch.equal(policy.act(obs), policy.act(obs)), "without noise it repeats itself, too"
+    row = policy.act({"images": {"front": obs["images"]["front"][2:3]},
+                      "instruction": obs["instruction"][2:3], "noise": noise[2:3]})
+    torch.testing.assert_close(row, first[2:3], rtol=1e-4, atol=1e-4)
+
+
+def test_a_chunk_that_the_u_net_cannot_halve_is_refused():
+    with pytest.raises(m.InputError, match="multiples of 2, got 5"):
+        diffusion(chunk=5)
+
+
+# ---- ACT ----
+
+def styled():
+    """ACT on demonstrations that go left or right from one observation, half of them each."""
+    policy = m.make_policy(config("action", policy="act"))
+    batch = demonstrations(32)
+    batch["obs"] = {"images": {"front": batch["obs"]["images"]["front"][:1].expand(32, -1, -1, -1)},
+                    "instruction": batch["obs"]["instruction"][:1].expand(32, -1)}
+    side = torch.where(torch.arange(32) % 2 == 0, -0.6, 0.6)
+    batch["actions"] = side[:, None, None].expand(32, N, A).clone()
+    return policy, batch
+
+
+@pytest.mark.parametrize("weight, used", ((None, True), (10.0, False)))
+def test_the_style_says_what_the_observation_does_not(weight, used):
+    """With the weight of the evidence bound the style says left or right; the original's 10 empties it."""
+    policy, batch = styled()
+    policy.kl_weight = weight or policy.kl_weight
+    optimizer = torch.optim.Adam(policy.parameters(), 2e-3)
+    for _ in range(200):
         optimizer.zero_grad()
         loss, logs = policy.loss(batch)
         loss.backward()
         optimizer.step()
-    assert logs["l1"] < 0.05, logs
+    assert (logs["l1"] < 0.2) == used and (logs["style_kl"] > 0.3) == used, logs
+
+
+def test_the_style_encoder_does_not_look_at_padding():
+    policy, batch = styled()
+    batch["is_pad"][:, 2:] = True
+    policy.eval()
+    first = policy.infer_style(batch["obs"], batch["actions"], batch["is_pad"])[0]
+    batch["actions"][:, 2:] = 99.0
+    assert torch.equal(policy.infer_style(batch["obs"], batch["actions"], batch["is_pad"])[0], first)
 
 
 def test_normalizer_comes_back_and_keeps_constant_dimensions():
@@ -302,8 +380,8 @@ def test_temporal_ensembling_online_equals_offline(decay):
 
 # ---- checkpoints ----
 
-def pretrained():
-    policy = m.make_policy(config("latent"))
+def pretrained(policy="baku"):
+    policy = m.make_policy(config("latent", policy=policy))
     torch.nn.init.normal_(policy.latent_out.weight)
     return policy
 
@@ -312,19 +390,36 @@ def test_finetuning_keeps_the_trunk_and_renews_the_last_layer():
     source, target = pretrained(), m.make_policy(config("action", ("front", "side"), 7))
     names = m.init_from_pretrained(target, source.state_dict(), "x.pt")
     assert torch.equal(target.trunk[0].qkv.weight, source.trunk[0].qkv.weight)
-    assert {k.split(".")[0] for k in names["new"]} == {
-        "action_out", "action_norm", "proprio_norm", "proprio_encoder", "camera_embedding"}
+    assert new_parts(names) == {"action_out", "action_norm", "proprio_norm", "proprio_encoder",
+                                "camera_embedding"}
     assert {k.split(".")[0] for k in names["unused"]} == {"latent_out", "latent_norm"}
     again = m.make_policy(config("action", ("front", "side"), 7))
     names = m.init_from_pretrained(again, target.state_dict(), "y.pt")
     assert "action_out.weight" in names["new"], "same shape or not: the last layer is re-initialised"
 
 
-def test_head_add_keeps_the_latent_actions():
-    source, target = pretrained().eval(), m.make_policy(config("add")).eval()
+def new_parts(names):
+    return {k.removeprefix("tokens.").split(".")[0] for k in names["new"]}
+
+
+@pytest.mark.parametrize("policy, more", (
+    ("act", {"style_action_in", "style_token", "style_places", "style_encoder", "style_out", "style_in"}),
+    ("diffusion", {"action_in", "camera_mix", "proprio_mix"})))
+def test_every_policy_says_what_finetuning_adds(policy, more):
+    target = m.make_policy(config("action", ("front", "side"), 7, policy=policy))
+    names = m.init_from_pretrained(target, m.make_policy(config(policy=policy)).state_dict(), "x.pt")
+    assert new_parts(names) == {"action_out", "action_norm", "proprio_norm", "proprio_encoder",
+                                "camera_embedding"} | more
+    assert {k.split("_")[0] for k in names["unused"]} == {"latent"}
+
+
+@pytest.mark.parametrize("policy", m.POLICIES)
+def test_head_add_keeps_the_latent_actions(policy):
+    source, target = pretrained(policy).eval(), m.make_policy(config("add", policy=policy)).eval()
     m.init_from_pretrained(target, source.state_dict(), "x.pt")
     obs = observation()
-    torch.testing.assert_close(target.latent_actions(obs), source.latent_actions(obs))
+    if policy != "act":         # whose encoder gets a token of style
+        torch.testing.assert_close(target.latent_actions(obs), source.latent_actions(obs))
     assert target.act(obs).shape == (B, N, 7)
 
 
@@ -384,9 +479,21 @@ def test_only_models_py_saves_and_loads_checkpoints():
 # ---- sizes ----
 
 def test_sizes_are_the_papers():
-    paper = (config("action", ("front", "side"), 5, image_size=128, text_dim=512, chunk=10)
-             | m.BAKU.SIZES["paper"])
-    assert 6.5e6 < m.count(m.make_policy(paper)) < 8e6, "BAKU has about 7M parameters"
+    """Of the release, counted: 7.71M and 51.14M. Ours differ by normalisation and by its dead layers."""
+    for policy, theirs in (("baku", 7.712e6), ("diffusion", 51.139e6)):
+        ours = m.count(m.make_policy({
+            **config("action", ("front", "side"), 5, policy=policy), "image_size": 128, "text_dim": 512,
+            "chunk": m.POLICIES[policy].CHUNK, **m.POLICIES[policy].SIZES["paper"]}))
+        assert abs(ours / theirs - 1) < 0.02, f"{policy}: {ours:,}"
+
+
+def test_python_models_py_prints_every_size(capsys):
+    m.main()
+    table = capsys.readouterr().out
+    for name in [*m.POLICIES, *w.WORLD_MODEL_SIZES]:
+        assert name in table
+    row = next(line for line in table.splitlines() if line.startswith("baku") and "paper" in line)
+    assert "7.71 M" in row and "1.3" in row, "the release's parameters, our GFLOP"
 
 
 def test_linear_probe_finds_a_linear_map_and_nothing_in_noise():

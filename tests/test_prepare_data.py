@@ -110,7 +110,7 @@ def error(call, *words):
 @pytest.mark.parametrize("chunk", [1, 3, 10, 19])
 def test_every_window_lines_up(counting, chunk):
     """o_t .. o_t+n, a_t .. a_t+n-1, padding and borders, for every window there is."""
-    data = EpisodeDataset(counting, chunk, future=True)
+    data = EpisodeDataset(counting, chunk, future=1)
     assert len(data) == sum(LENGTHS) - len(LENGTHS)
     expected = [(e, t) for e, T in enumerate(LENGTHS) for t in range(T - 1)]
     for index, (e, t) in enumerate(expected):
@@ -130,7 +130,7 @@ def test_every_window_lines_up(counting, chunk):
 
 
 def test_item_shapes_and_types(counting):
-    data = EpisodeDataset(counting, 4, cameras=["side"], future=True)
+    data = EpisodeDataset(counting, 4, cameras=["side"], future=1)
     batch = torch.utils.data.default_collate([data[0], data[5]])
     assert batch["frames"].shape == (2, 5, 3, SIZE, SIZE) and batch["frames"].dtype == torch.uint8
     assert batch["actions"].shape == (2, 4, 7) and batch["actions"].dtype == torch.float32
@@ -155,7 +155,7 @@ def test_colours_survive(tmp_path):
 
 def test_video_alone_has_no_action_key(tmp_path):
     convert(tmp_path / "video", labelled=False, cameras=["front"])
-    data = EpisodeDataset(tmp_path / "video", 3, future=True)
+    data = EpisodeDataset(tmp_path / "video", 3, future=1)
     assert "actions" not in data[0] and "proprio" not in data[0]["obs"]
     assert data.action_dim is None and data.proprio_dim is None and data.stats == {}
 
@@ -191,7 +191,7 @@ def test_split_of_a_tiny_dataset_has_both_parts(counting, tmp_path):
 
 def test_handles_do_not_travel(counting):
     """Pickling with an open handle works, and a spawned DataLoader worker reads the same as this process."""
-    data = EpisodeDataset(counting, 5, future=True)
+    data = EpisodeDataset(counting, 5, future=1)
     data.MAX_OPEN = 2  # fewer than shards: handles are reopened
     here = [data[i] for i in range(len(data))]
     assert 0 < len(data._files) <= 2 and not pickle.loads(pickle.dumps(data))._files
@@ -405,7 +405,7 @@ def test_ssv2_keeps_the_good_and_names_the_bad(ssv2, tmp_path):
     reasons = {reject["name"]: reject["reason"] for reject in map(json.loads, lines)}
     assert reasons == {"20": "truncated", "21": "empty file", "22": "not a video", "23": "too short",
                        "24": "missing file"}
-    data = EpisodeDataset(out, 11, future=True)
+    data = EpisodeDataset(out, 11, future=1)
     with h5py.File(out / "00000.h5") as f:
         assert list(f["name"].asstr()[:]) == ["2", "3", "9", "10", "111"]             # numeric order
     assert data.instructions == ["squeezing a thing 2", "pulling it", "squeezing a thing 9",
@@ -546,7 +546,7 @@ def test_sim_films_successes_from_starts_that_never_meet(fake_twin, tmp_path):
     main(sim_command(tmp_path))
     robot, hand = ({s for e, _, s in fake_twin.seen if e == name} for name in ("robot", "hand"))
     assert not robot & hand and max(robot | hand) < fake_twin.EVAL_SEED0
-    data = EpisodeDataset(tmp_path / "robot", 10, future=True)
+    data = EpisodeDataset(tmp_path / "robot", 10, future=1)
     assert data.instructions == ["do a", "do b"] and data.lengths.tolist() == [31] * 10
     assert data.cameras == ["front", "side"] and data.fps == 20 and data.attrs["extra"]["spread"] == 0.5
     for item in data:  # a_t was commanded while looking at o_t
@@ -600,7 +600,7 @@ def test_sim_films_the_real_twin(tmp_path):
         main(["sim", "--out", str(tmp_path / name), "--tasks", "stack_cups", "--demos-per-task", "2",
               "--hand-videos-per-task", "1", "--image-size", "32", "--workers", workers])
     assert content(tmp_path / "one/robot") == content(tmp_path / "two/robot")
-    data = EpisodeDataset(tmp_path / "one/robot", 10, future=True)
+    data = EpisodeDataset(tmp_path / "one/robot", 10, future=1)
     assert data.num_episodes == 2 and data[0]["frames"].float().std() > 5
     assert EpisodeDataset(tmp_path / "one/hand", 10).instructions == data.instructions
 
@@ -632,7 +632,7 @@ def test_embed_replaces_the_embeddings_and_survives_an_interruption(counting, tm
             return np.array([[len(text), 1] for text in texts], np.float32)
     monkeypatch.setattr(prepare_data, "TextEncoder", Tiny)
     main(["embed", "--data", str(copy), "--text-encoder", "tiny"])
-    new = EpisodeDataset(copy, 1, text_encoder="tiny", future=True)
+    new = EpisodeDataset(copy, 1, text_encoder="tiny", future=1)
     assert new.text_dim == 2 and new.fingerprint != old.fingerprint
     for item in new:
         assert item["obs"]["instruction"].tolist() == [len(TASKS[item["episode"] % 2]), 1]

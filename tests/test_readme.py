@@ -23,7 +23,7 @@ PARSERS = {"prepare_data.py": lambda argv: prepare_data.build_parser("--smoke" i
 
 def commands(text):
     """Every `python script.py ...` in a text, as lists of words."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\n", " ").replace("$P", "baku").splitlines():
         for part in re.split(r"&&|\|\|", line.split("#")[0]):
             words = shlex.split(part.replace("`", " ")) if "python " in part else []
             if ("python" in words and words[-1] != "python"
@@ -56,16 +56,22 @@ def test_every_name_in_the_symbol_table_exists():
         for part in name.split("."):
             assert re.search(rf"\b(def|class) {part}\b", code), (
                 f"{name} is in the README's symbol table, not in the code")
-    for number in range(1, 7):
+    for number in range(1, 8):
         assert f"(Eq. {number})" in code, f"no line of the code is marked as (Eq. {number})"
 
 
 def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged(data, tmp_path):
-    pretrain.main(["--smoke", "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "a"),
-                   "--device", "cpu"])
-    finetune.main(["--smoke", "--data", data.robot, "--init", str(tmp_path / "a" / "last.pt"),
-                   "--out", str(tmp_path / "b"), "--device", "cpu"])
-    logged = {name for run in "ab" for line in metrics(tmp_path / run) for name in line} - {"step"}
+    common = ["--smoke", "--device", "cpu"]
+    pretrain.main([*common, "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "a")])
+    finetune.main([*common, "--data", data.robot, "--init", str(tmp_path / "a" / "last.pt"),
+                   "--out", str(tmp_path / "b")])
+    pretrain.main([*common, "--data", data.robot, "--probe-data", "none", "--out", str(tmp_path / "c"),
+                   "--proprio", "--policy", "act", "--latent-source", "inverse", "--labels-frac", "0.5"])
+    finetune.main([*common, "--data", data.robot, "--init", "scratch", "--policy", "act",
+                   "--out", str(tmp_path / "d")])
+    pretrain.main([*common, "--data", data.robot, "--world-model", "none", "--labels-frac", "1",
+                   "--policy", "act", "--out", str(tmp_path / "e")])
+    logged = {name for run in "abcde" for line in metrics(tmp_path / run) for name in line} - {"step"}
     table = README.split("## Logged metrics")[1].split("\n## ")[0]
     described = set()
     for cell in re.findall(r"^\| (`.*?) \|", table, re.M):

@@ -88,7 +88,7 @@ def test_action_k_stands_beside_frame_k_in_every_window(made, source):
     out, names = made(source).out, names_of(made(source).out)
     garbage = {name for name, came in made(source).came.items() if "garbage" in came}
     for stride in (1, 3):
-        data = EpisodeDataset(out, 4, future=True, stride=stride)
+        data = EpisodeDataset(out, 4, future=1, stride=stride)
         windows = set()
         for item in data:
             if names[item["episode"]] in garbage:
@@ -471,7 +471,7 @@ def test_no_ops_are_dropped_with_their_frames(tmp_path):
     convert("libero", tmp_path / "in", tmp_path / "all")
     assert EpisodeDataset(tmp_path / "all", 1).lengths.tolist() == [16, 16]
     convert("libero", tmp_path / "in", tmp_path / "d", "--drop-noops")
-    data = EpisodeDataset(tmp_path / "d", 1, future=True)
+    data = EpisodeDataset(tmp_path / "d", 1, future=1)
     assert data.lengths.tolist() == [13]
     for item in data:                     # what is left still lines up
         assert read_picture(item["frames"][0])[1] == item["actions"][0, 0] == item["obs"]["proprio"][0]
@@ -627,14 +627,14 @@ def test_flip_turns_the_stored_images(made, tmp_path):
 
 def test_a_mixture_draws_by_weight_and_spans_the_same_time(made):
     paths = [made("bridge").out, made("ssv2").out]
-    mix = Mixture(paths, 4, cameras=1, future=True, labels=False)
+    mix = Mixture(paths, 4, cameras=1, future=1, labels=())
     assert [part.stride for part in mix.parts] == [1, 2], "5 and 12 frames per second"
     assert len(mix) == sum(len(part) for part in mix.parts)
     windows = mix.draw(np.random.default_rng(0), 4000)
     assert windows == Mixture(
-    paths, 4, cameras=1, future=True, labels=False).draw(
+    paths, 4, cameras=1, future=1, labels=()).draw(
         np.random.default_rng(0), 4000)
-    weighted = Mixture(paths, 4, weights=[3, 1], cameras=1, future=True, labels=False)
+    weighted = Mixture(paths, 4, weights=[3, 1], cameras=1, future=1, labels=())
     first = np.mean(np.array(weighted.draw(np.random.default_rng(0), 4000)) < len(weighted.parts[0]))
     assert abs(first - 0.75) < 0.03 and weighted.shares() == [0.75, 0.25]
     batch = torch.utils.data.default_collate([mix[0], mix[len(mix) - 1]])   # one of each
@@ -666,11 +666,11 @@ def test_mixing_what_does_not_agree_is_refused(made, tmp_path):
     bridge, libero, video = (made(source).out for source in ("bridge", "libero", "ssv2"))
     error(lambda: Mixture([bridge, video], 4), "action_dim", "7", "None")
     error(lambda: Mixture([bridge, libero], 3, cameras=1), "proprio_dim", "8")
-    error(lambda: Mixture([bridge, libero], 3, labels=False), "2 cameras")
+    error(lambda: Mixture([bridge, libero], 3, labels=()), "2 cameras")
     error(lambda: Mixture([bridge, video], 4, weights=[1]), "--weights", "2 datasets")
     error(lambda: Mixture([bridge, video], 4, strides=[1, 2, 3]), "--strides")
     error(lambda: Mixture([bridge, video], 4, weights=[0, 0]), "not all 0")
-    error(lambda: Mixture([bridge, video], 4, strides=[1, 0], labels=False), "stride of 0")
+    error(lambda: Mixture([bridge, video], 4, strides=[1, 0], labels=()), "stride of 0")
     error(lambda: EpisodeDataset(bridge, 5, stride=3), "chunk of 5", "at stride 3")
 
 
