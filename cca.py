@@ -115,7 +115,10 @@ def estimate_latent_statistics(policies, data, rows, device):
         # A last batch of one would have no variance: it is left out.
         for batch in DataLoader(Subset(data, rows), batch_size=64, drop_last=len(rows) > 64):
             for policy in policies:
-                policy.latent_actions(by_position(to_device(batch["obs"], device), policy.cameras))
+                obs = by_position(to_device(batch["obs"], device), policy.cameras)
+                obs["noise"] = torch.randn(len(obs["instruction"]), policy.chunk,     # as drawn in training
+                                           policy.config["latent_dim"], device=device)
+                policy.latent_actions(obs)
     for norm in norms:
         norm.eval()
 
@@ -300,6 +303,9 @@ def load_policies(args):
     policy, checkpoint = load_policy(args.checkpoint, args.device)
     if checkpoint["stage"] != "pretrain":
         raise InputError(f"{args.checkpoint} has been finetuned on actions: give the pretrained checkpoint")
+    if policy.config["head"] != "latent":
+        print(f"note         {args.checkpoint} was also trained on true actions (--labels-frac): what "
+              "follows is no evidence that video alone gives them")
     policies = [policy]
     for k in range(args.random_policies):
         torch.manual_seed(args.seed + k)

@@ -275,8 +275,8 @@ def make_arm(what, rows, device):
     if what in CONTROLS:
         return Arm(what, what)
     policy, checkpoint = load_policy(what, device)
-    if policy.config["head"] == "latent":
-        raise InputError(f"{what} is pretrained: it emits latent actions; finetune it first: "
+    if policy.config["head"] == "latent" or checkpoint["stage"] == "pretrain":
+        raise InputError(f"{what} is pretrained; finetune it first: "
                          f"python finetune.py --init {what}")
     return Arm(file_hash(what), str(what), policy, checkpoint, rows, device)
 
@@ -694,13 +694,18 @@ def paper_table(out, arm, settings):
 def draw_figure(paths, path):
     """Bars of success with Wilson intervals, one per results.json, in the order given and coloured by policy;
     the same as a table on the screen. Each is named after its run folder: RUN/eval_twin/results.json."""
-    bars, rows = [], [("run", "policy", "success", "rate", "Wilson 95 %", "commit and machine")]
+    bars, scenes, rows = [], [], [("run", "policy", "success", "rate", "Wilson 95 %", "commit and machine")]
     for file in map(Path, paths):
         try:
             results = json.loads(file.read_text())
-            overall, policy = results["arms"][results["hash"]]["overall"], results.get("policy", "control")
-        except (ValueError, KeyError, OSError) as e:
+            overall, policy = results["arms"][results["hash"]]["overall"], results.get("policy", "?")
+            scene = tuple(results["settings"]["env"] if k == "env" else str(results[k])
+                          for k in ("env", "tasks", "starts"))
+        except (ValueError, KeyError, TypeError, OSError) as e:
             raise InputError(f"{file} is no results.json of this script ({type(e).__name__})") from e
+        if bars and scene != scenes[0]:
+            print(f"note         {file} is of {scene}, the first of {scenes[0]}: not the same starts")
+        scenes.append(scene)
         name, (low, high) = file.absolute().parts[-3], overall["wilson"]
         bars.append((name, policy, overall["rate"], low, high))
         rows.append((name, policy, f"{overall['successes']}/{overall['n']}", f"{100 * overall['rate']:.0f} %",
@@ -714,6 +719,7 @@ def draw_figure(paths, path):
     axes.set(yticks=range(len(bars)), yticklabels=[bar[0] for bar in bars], xlim=(0, 100),
              xlabel="success (%), 95 % intervals over starts, not over training seeds")
     axes.invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"\nwrote        {path}")
 
@@ -849,7 +855,10 @@ def executed(args, policy):
 def main(argv=None):
     args = arguments(argv)
     if args.figure:
-        return draw_figure(args.figure, Path(args.out or ".") / "figure.png")
+        path = Path(args.out or ".") / "figure.png"
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} exists: --overwrite replaces it, --out puts this one elsewhere")
+        return draw_figure(args.figure, path)
     at_least(args, 0, "first", "seed", "workers", "video", "decay", "execute")
     at_least(args, 1, "episodes", "batch", "threads")
     pick_device(args.device)
@@ -901,9 +910,12 @@ def main(argv=None):
           + f", seed {args.seed}, {settings['gl']}\n"
           f"starts       {len(tasks)} of {len(bench.tasks)} tasks x {len(starts)}, numbers {starts[0]:,} to "
           f"{starts[-1]:,}, at most {' / '.join(map(str, limits))} steps\n"
-          f"execution    chunks of {jobs[0].chunk}, "
-          + (f"temporal ensembling, decay {args.decay:g}" if jobs[0].execute is None
-             else f"{jobs[0].execute} per look") + f"; {args.workers} workers")
+          f"processes    {args.workers} workers")
+    for one in arms.values():
+        if one.policy:
+            h = executed(args, one.policy)
+            print(f"execution    {one.label}: chunks of {one.policy.chunk}, "
+                  + (f"{h} per look" if h else f"temporal ensembling, decay {args.decay:g}"))
     left = [job for job in jobs if (job.arm, job.task, job.start) not in done]
     clock, steps = time.perf_counter(), 0
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", dynamic_ncols=True) as bar:
@@ -922,7 +934,8 @@ def main(argv=None):
                "policy": arm.policy.config["policy"] if arm.policy else "control",
                "protocol": args.protocol, "settings": settings, "tasks": [len(tasks), len(bench.tasks)],
                "starts": [starts[0], starts[-1]], "limits": limits,
-               "arms": {key: summarise(one, tasks, starts, done) for key, one in arms.items()},
+               "arms": {key: summarise(one, tasks, starts, done) | {"execute": executed(args, one.policy)}
+                        for key, one in arms.items()},
                "scope": "95 % intervals over starts of this checkpoint, not over training seeds",
                "speed": {"workers": args.workers, "wall_s": wall, "steps": steps,
                          "looks": sum(a.looks for a in arms.values()),

@@ -59,7 +59,8 @@ def arguments(argv):
     g.add_argument("--freeze-steps", type=int, default=0, help="first steps in which only what is new is "
                    "trained; 0 = off, release (default %(default)s)")
     g.add_argument("--ema", type=float, help="decay of the averaged weights, which are then evaluated; 0 = "
-                   "off (default: diffusion 0.9999, as the release, others 0)")
+                   "off; in step t at most (1 + t) / (10 + t) (default: diffusion 0.9999, as the "
+                   "release, others 0)")
     g.add_argument("--proprio-dropout", type=float, default=0.3, help="share of samples that do not see "
                    "their own pose; 0 = off, release (default %(default)s)")
     g = p.add_argument_group("policy, only with --init scratch (else the checkpoint says)")
@@ -135,6 +136,10 @@ def policy_config(args, pretrained, data):
         raise InputError(f"{args.init} was trained on {config['image_size']}-pixel images, "
                          f"{args.data[0]} has {data.image_size}: prepare the data with --image-size "
                          f"{config['image_size']}")
+    if pretrained and len(config["cameras"]) > len(data.cameras):
+        raise InputError(f"{args.init} was pretrained on {len(config['cameras'])} cameras, {args.data[0]} "
+                         f"has {len(data.cameras)}: finetune with data that have as many, or pretrain with "
+                         "--views main")
     config.update(cameras=data.cameras, head={"reinit": "action", "add": "add"}[args.head],
                   action_dim=data.action_dim, proprio_dim=None if args.no_proprio else data.proprio_dim,
                   proprio_dropout=args.proprio_dropout)

@@ -436,8 +436,9 @@ class Policy(nn.Module):
 
     def check_latent(self):
         if self.config["head"] == "action":
-            raise InputError("this policy has no latent actions left (its last layer was re-initialised for "
-                             "actions): give the pretrained checkpoint")
+            raise InputError("this policy has no latent actions: its last layer is for actions (finetuned, "
+                             "or pretrained with --world-model none); give a checkpoint of pretrain.py that "
+                             "learnt from video")
 
     def squash(self, z):
         """Into (-1, 1), where the world model takes actions: (B, n, Z) -> (B, n, Z).
@@ -513,8 +514,8 @@ class ACT(Policy):
     Finetuning is a conditional VAE: an encoder sees the demonstrated chunk and says its style (B, style), the
     decoder must rebuild the chunk from observation and style; in rollouts the style is 0, the prior's mean.
     Pretraining has no actions to encode: there the style modules do not exist, and finetuning adds them.
-    DEVIATION: the original counts padded actions in its loss and builds six decoder layers of which only the
-    first is ever used; its KL weight of 10 on a mean over n x A numbers leaves the style empty (tested).
+    DEVIATION: the original divides its loss by padded steps, too, and builds seven decoder layers of which
+    only the first is ever used; its KL weight of 10 on a mean of n x A errors empties the style (tested).
     One token per camera instead of its whole feature map.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
@@ -590,12 +591,13 @@ class DiffusionPolicy(Policy):
     Latent actions, config["latent_calls"]:
         1   ^a from one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM: x - ^e of
             one call, without a bound
-        k   the DDIM sampler of k steps, unrolled: the gradient passes through all its calls
+        k   the DDIM sampler of k steps, unrolled: the gradient passes through all its calls (and is 0 where
+            the sampler clips)
     then, as in every policy, standardised over the batch and tanh. The noise is drawn anew at every call in
-    training; in eval mode it is obs["noise"], else always the same.
+    training; in eval mode it is obs["noise"], else always the same, so that z_std is that of observations.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256, latent_calls=1),
-             "tiny": dict(width=128, channels=32, down=(64, 128, 256), step_width=64, latent_calls=1)}
+             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32, latent_calls=1)}
     CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # original: executes 8 of 16. UPSTREAM: averages live chunks
     STEPS, SAMPLER_STEPS, DRAWS = 100, 10, 8
 
@@ -884,7 +886,8 @@ def init_from_pretrained(policy, weights, path):
         return any(part.startswith(prefixes) for part in key.split("."))
 
     own = policy.state_dict()
-    reinit = [k for k in own if named(k, "action_in", "action_out", "action_norm")]   # never taken over
+    # Never taken over: what touches actions, whose number and units may be others.
+    reinit = [k for k in own if named(k, "action_in", "action_out", "action_norm", "style_action_in")]
     loaded = [k for k in own if k in weights and k not in reinit and own[k].shape == weights[k].shape]
     new = [k for k in own if k not in loaded]
     unused = [k for k in weights if k not in loaded]

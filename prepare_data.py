@@ -1922,7 +1922,7 @@ class Mixture(torch.utils.data.Dataset):
             if len(part.cameras) != len(first.cameras):
                 raise InputError(f"{part.path} has {len(part.cameras)} cameras, {first.path} has "
                                  f"{len(first.cameras)}: mix what agrees")
-            for key in ("action", "proprio") if first.action_dim else ():
+            for key in [{"actions": "action"}.get(label, label) for label in first.labels]:
                 if part.attrs[key] != first.attrs[key]:
                     raise InputError(f"the {key} of {part.path} is not that of {first.path}: names, units, "
                                      "frames or gripper signs differ, see their dataset.json")

@@ -43,11 +43,12 @@ def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
     g.add_argument("--data", nargs="+", default=["data/hand"], help="dataset folders; actions in them are "
-                   "not read; paper: BridgeData V2 and Something-Something v2 (default data/hand)")
+                   "not read, unless --labels-frac or --latents true say so; paper: BridgeData V2 and "
+                   "Something-Something v2 (default data/hand)")
     g.add_argument("--weights", nargs="+", type=float, help="share of the windows drawn from each, to any "
                    "scale (default: every window is as likely)")
-    g.add_argument("--strides", nargs="+", type=int, help="frames per step in each; 1 = every frame "
-                   "(default: a chunk spans about as long as in the slowest)")
+    g.add_argument("--strides", nargs="+", type=int, help="frames per step in each, those of --label-data "
+                   "last; 1 = every frame (default: a chunk spans about as long as in the slowest)")
     g.add_argument("--views", choices=("main", "all"), default="main", help="cameras that policy and world "
                    "model see; paper main, all is its future work (default %(default)s)")
     g.add_argument("--labels-frac", type=float, default=0.0, metavar="SHARE", help="share of the episodes of "
@@ -57,7 +58,7 @@ def arguments(argv):
     g.add_argument("--labels-weight", type=float, default=1.0,
                    help="of the action loss beside the world model's (default %(default)s)")
     g.add_argument("--probe-data", default="data/robot", help="labelled demonstrations for the linear probe "
-                   "that is logged while training; never trained on; "
+                   "that is logged while training; not trained on for it; "
                    "'none' turns it off (default %(default)s)")
     g.add_argument("--shift", type=int, default=3,
                    help="random shift of whole clips, pixels; 0 = off, paper (default %(default)s)")
@@ -230,15 +231,25 @@ def open_loop_strip(z, world_model, batch, path, clips=4, scale=2):
     write_atomically(path, cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
-def check_gradients(policy):
-    """The claim that the method stands on: the world-model loss reaches every parameter of the policy."""
+def check_gradients(policy, loss, of, feed):
+    """The claim that the method stands on: the world-model loss reaches every parameter of the policy.
+
+    Of a policy that labels teach as well, what touches true actions (action_*, style_*) is left to them.
+    """
     named = dict(policy.named_parameters())
-    dead = [n for n, p in named.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    if dead:
-        raise InputError(f"the loss gives no finite, non-zero gradient to {len(dead)} of {len(named)} policy "
-                         f"tensors ({', '.join(dead[:5])}): something between latent_actions and "
-                         "WorldModel.loss detaches the latents")
-    tqdm.write(f"gradient     reaches all {len(named)} policy tensors")
+    if feed and not feed.teaches:
+        tqdm.write(f"gradient     of the {of} loss reaches none of {len(named)} policy tensors: --latents "
+                   f"{feed.kind} is a control, its policy is trained by labels alone, if at all")
+        return
+    gradients = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    dead = [n for n, g in zip(named, gradients) if g is None or not g.isfinite().all() or not g.any()]
+    left = [n for n in dead if any(part.startswith(("action_", "style_")) for part in n.split("."))
+            and policy.config["head"] == "add"]
+    if len(dead) > len(left):
+        raise InputError(f"the {of} loss gives no finite, non-zero gradient to {len(dead)} of {len(named)} "
+                         f"policy tensors ({', '.join(dead[:5])}): something on the way detaches it")
+    tqdm.write(f"gradient     of the {of} loss reaches {len(named) - len(left)} of {len(named)} policy "
+               "tensors" + (f"; left to the labels: {', '.join(left)}" if left else ", all"))
 
 
 # ---- ablations: what else the world model can be fed -------------------------------------------------------
@@ -263,7 +274,7 @@ class Feed:
             seen = self.inverse(batch["frames"])
             return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
         if self.kind == "shuffled":
-            z = z.roll(1, 0)            # of another clip of the batch: the gradient reaches the policy
+            z = z.roll(len(z) // 2, 0)      # of another clip of the batch: the gradient reaches the policy
         elif self.kind == "zero":
             z = torch.zeros_like(z)
         elif self.kind == "detached":   # UPSTREAM: torch.tensor() does this unintentionally
@@ -275,7 +286,7 @@ class Feed:
     @property
     def teaches(self):
         """Whether the policy gets a gradient."""
-        return self.kind in ("learned", "shuffled")
+        return self.inverse is not None or self.kind in ("learned", "shuffled")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -288,9 +299,20 @@ def main(argv=None):
                                       "probe_data", "workers", "log_every", "save_every", "eval_every"})
     at_least(args, 1, "chunk", "latent_dim", "latent_calls", "steps", "log_every", "save_every",
              "eval_every", "eval_windows")
-    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed", "labels_weight")
-    at_least(args, 2 if args.latent_norm == "batch" else 1, "batch_size")    # one sample has no variance
-    supervised = args.world_model == "none"
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    # One sample has no variance, and no other clip whose latents could be taken.
+    at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
+    supervised, defaults = args.world_model == "none", vars(arguments([]))
+    for when, names in (("with --world-model none", [
+            "label_data", "labels_weight", "latent_calls", "latent_source", "latents", "context_frame",
+            "predict", "target", "mask", "proprio", "motion_weight", "free_bits",
+            "decode_steps"] * supervised),
+            ("without --labels-frac", ["label_data", "labels_weight"] * (not args.labels_frac))):
+        for name in names:
+            if getattr(args, name) != defaults[name]:
+                raise InputError(f"--{name.replace('_', '-')} does nothing {when}: leave it out")
+    if args.labels_weight <= 0:
+        raise InputError(f"--labels-weight takes more than 0, got {args.labels_weight}; off: --labels-frac 0")
     for name in ("labels_frac", "mask"):
         if not 0 <= getattr(args, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(args, name)}")
@@ -307,22 +329,33 @@ def main(argv=None):
 
     # ---- data ----
     views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
-    source, shared = args.label_data or args.data, dict(cameras=views)
-    labelled = None
+    paths = [*args.data, *(args.label_data or [])]
+    strides = args.strides or even_strides(paths)
+    if len(strides) != len(paths):
+        raise InputError(f"--strides has {len(strides)} numbers for {len(paths)} datasets: one each, those "
+                         "of --label-data last")
+    labelled, count_data = None, len(args.data)
     if args.labels_frac:
-        strides = args.strides or even_strides([*args.data, *source])[-len(source):]
-        labelled = Mixture(source, args.chunk, None, strides, split="train", fraction=args.labels_frac,
-                           **shared)
+        source, weights = (args.label_data, None) if args.label_data else (args.data, args.weights)
+        labelled = Mixture(source, args.chunk, weights, strides[-len(source):], cameras=views, split="train",
+                           fraction=args.labels_frac)
         if labelled.action_dim is None:
-            raise InputError(f"{source[0]} holds video only: name demonstrations with --label-data, or "
-                             "--labels-frac 0")
-        shared["text_encoder"] = labelled.text_encoder
+            raise InputError(f"{source[0]} holds video only: name demonstrations with "
+                             + ("--data" if supervised else "--label-data"))
     if supervised:
-        train, held_out = labelled, Mixture(source, args.chunk, None, strides, split="val", **shared)
+        train, held_out = labelled, Mixture(args.data, args.chunk, args.weights, strides, cameras=views,
+                                            split="val")
     else:
         labels = [*["actions"] * (args.latents == "true"), *["proprio"] * args.proprio]
-        train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, future=views,
-                                   split=split, labels=labels, **shared) for split in ("train", "val"))
+        train, held_out = (Mixture(args.data, args.chunk, args.weights, strides[:count_data], cameras=views,
+                                   future=views, split=split, labels=labels) for split in ("train", "val"))
+        for key in ("image_size", "text_encoder") if labelled else ():
+            if getattr(labelled, key) != getattr(train, key):
+                raise InputError(f"--label-data {source[0]} has {key} {getattr(labelled, key)}, "
+                                 f"{args.data[0]} has {getattr(train, key)}: prepare one of them again")
+        if labelled and len(labelled.cameras) != views:
+            raise InputError(f"--label-data {source[0]} has {len(labelled.cameras)} cameras, --views "
+                             f"{args.views} of {args.data[0]} are {views}")
         for name, wanted, got in (("latents true", args.latents == "true", train.action_dim),
                                   ("proprio", args.proprio, train.proprio_dim)):
             if wanted and not got:
@@ -410,7 +443,9 @@ def main(argv=None):
             module.eval()
         metrics = {}
         if world_model:
-            z, _ = feed(policy.latent_actions(eval_batch["obs"]), eval_batch)
+            z = policy.latent_actions(eval_batch["obs"])
+            if not feed.inverse:        # whose latents know the future: what counts is the policy's guess
+                z, _ = feed(z, eval_batch)
             metrics = latent_action_report(z, world_model, eval_batch, args.seed)
             open_loop_strip(z, world_model, eval_batch, out / "open_loop.png")
         if supervised:
@@ -454,14 +489,25 @@ def main(argv=None):
             loss = loss + distilled                 # (Eq. 5); its gradient flows through z into the policy
             if feed.inverse:
                 logs["distilled"] = distilled.item()
+            if step == start:
+                check_gradients(policy, loss, "world-model", feed)
         if labelled:
             batch = to_device(labels, device) if world_model else batch
+            batch["obs"] = by_position(batch["obs"], policy.cameras)
             batch["obs"]["images"] = {c: random_shift(x, args.shift)
                                       for c, x in batch["obs"]["images"].items()}
+            if world_model:         # the running statistics of the latents are those of the video alone
+                policy.latent_norm.momentum = 0.0
             action_loss, more = policy.loss(batch)                                    # (Eq. 6), (Eq. 7)
-            loss = loss + args.labels_weight * action_loss if world_model else action_loss
-            logs = {**(logs if world_model else {}), "labels/action_loss": action_loss.item(),
-                    **{f"labels/{k}": v for k, v in more.items()}}
+            if world_model:
+                policy.latent_norm.momentum = 0.1
+            else:
+                loss, logs = 0.0, {}
+                if step == start:
+                    check_gradients(policy, action_loss, "action", None)
+            loss = loss + args.labels_weight * action_loss
+            logs.update({"labels/action_loss": action_loss.item(),
+                         **{f"labels/{k}": v for k, v in more.items()}})
         loss.backward()
         if not loss.isfinite():
             raise InputError(f"loss is {loss.item()} at step {step}: lower --lr or --clip; "
@@ -469,12 +515,6 @@ def main(argv=None):
         norms = {f"grad_norm/{name}": torch.nn.utils.get_total_norm(
             [p.grad for p in module.parameters() if p.grad is not None]).item()
             for name, module in modules.items()}
-        if step == start:
-            if labelled or feed.inverse or feed.teaches:
-                check_gradients(policy)
-            else:
-                tqdm.write(f"gradient     reaches none of the {len(list(policy.parameters()))} policy "
-                           f"tensors: --latents {args.latents} is a control, its policy is not trained")
         torch.nn.utils.clip_grad_norm_([p for m in modules.values() for p in m.parameters()], args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -138,17 +138,6 @@ def stack_states(states):
     return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
 
 
-class ToImage(nn.Module):
-    """(B, 16 C) -> (B, C, 4, 4), channels last in memory."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x):
-        return x.view(-1, 4, 4, self.channels).permute(0, 3, 1, 2)
-
-
 # ---- 3 what is predicted ---------------------------------------------------------------------------------
 
 # name: (channels per view, how often height and width are halved). The paper: pixels; features and flow are
@@ -183,7 +172,8 @@ def oriented_gradients(grey, cell=4):
     (B, T, V, H, W) in [0, 1] -> (B, T, 9V, H/4, W/4)."""
     x = F.pad(grey.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")            # (B*T*V, 1, H+2, W+2)
     dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-    bins = (torch.atan2(dy, dx) % math.pi / math.pi * 9).long().clamp(max=8)          # (B*T*V, 1, H, W)
+    # A quarter of a bin ahead: upright and level edges, which are many, lie on no border between bins.
+    bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
     strength = torch.hypot(dx, dy)
     votes = torch.zeros_like(strength).expand(-1, 9, -1, -1).clone().scatter_(1, bins, strength)
     cells = F.avg_pool2d(votes, cell)                                                 # (B*T*V, 9, H/4, W/4)
@@ -270,6 +260,9 @@ class WorldModel(nn.Module):
         self.encoder = convolutions(width, channels)
         self.rssm = RSSM(size, embed, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
+        if halved > len(channels) - 1:
+            raise InputError(f"target {config['target']} is too small to draw for images of "
+                             f"{config['image_size']} pixels: take larger ones, or --target pixels")
         layers, c_in = [nn.Linear(feature, embed), ToImage(channels[-1])], channels[-1]
         for c in channels[-2::-1][:len(channels) - 1 - halved]:
             layers += [nn.ConvTranspose2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
@@ -427,7 +420,8 @@ class InverseDynamics(nn.Module):
     """z_k from the frames that it lies between, o_k and o_k+1, as in LAPA (Ye et al. 2024) or villa-X: the
     paper's comparison (Table III). It sees the future, so a policy must then learn to predict its latents.
 
-    config: the world model's. Bounded as the policies' are: standardised over the batch, then tanh.
+    config: the world model's. Bounded as the policies' are: standardised over the batch (padded pairs too, a
+    few at the ends of episodes), then tanh.
     """
 
     def __init__(self, config):

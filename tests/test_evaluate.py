@@ -86,11 +86,12 @@ SMALL = {"baku": dict(width=16, layers=1, heads=2, channels=8, dropout=0.1),
          "diffusion": dict(width=16, channels=8, down=(16, 32), step_width=8, latent_calls=1)}
 
 
-def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action", policy="baku",
-                     **data):
+def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action",
+                     policy="baku", **data):
     torch.manual_seed(seed)
     config = dict(policy=policy, cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7,
-                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0, **SMALL[policy])
+                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
+                  **SMALL[policy])
     policy = make_policy(config)
     if head == "action":
         policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
@@ -114,7 +115,7 @@ def run(out, *flags):
 
 @pytest.mark.parametrize("policy", SMALL)
 def test_the_number_of_processes_and_a_kill_change_nothing(tmp_path, policy):
-    """To the last bit: `actions` is a hash of all actions of an episode. Also of a policy that draws noise."""
+    """To the last bit: `actions` is a hash of all actions of an episode. A policy may draw noise, too."""
     flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt", policy=policy), "--episodes", "4",
              "--batch", "4")
     whole = run(tmp_path / "0", *flags)
@@ -435,8 +436,24 @@ def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsy
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:4]] == ["two", "one"] and "/6" in rows[2]
     assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
-    with pytest.raises(InputError, match="no results.json of this script"):
-        evaluate.main(["--figure", str(tmp_path / "one.pt")])
+    (tmp_path / "list.json").write_text("[]")
+    for flags, words in ((files, "--overwrite replaces it"),
+                         ([str(tmp_path / "one.pt")], "no results.json of"),
+                         ([str(tmp_path / "list.json")], "no results.json of")):
+        with pytest.raises(InputError, match=words):
+            evaluate.main(["--figure", *flags, "--out", str(tmp_path / ("" if flags == files else "new"))])
+
+
+def test_a_policy_executes_as_it_was_made_for_unless_told(tmp_path):
+    """BAKU averages live chunks, Diffusion Policy executes 8 of 16: here its whole chunk of 4."""
+    files = [write_checkpoint(tmp_path / f"{name}.pt", policy=name) for name in SMALL]
+    results = run(tmp_path / "own", "--checkpoint", files[0], "--compare", files[1], "--episodes", "1",
+                  "--no-controls")
+    assert [arm["execute"] for arm in results["arms"].values()] == [None, 4]
+    for flag, wanted in (("2", 2), ("0", None)):
+        results = run(tmp_path / flag, "--checkpoint", files[1], "--episodes", "1", "--no-controls",
+                      "--execute", flag)
+        assert [arm["execute"] for arm in results["arms"].values()] == [wanted]
 
 
 # ---- the twin itself -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Claims that span the stages: every policy goes through all of them, every ablation is one flag, a policy is
 added in one place."""
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import cca
 import evaluate
 import finetune
 import models
+import prepare_data
 import pretrain
-from conftest import metrics
+from conftest import metrics, write_dataset
 from models import InputError
 
 README = (Path(models.__file__).parent / "README.md").read_text()
@@ -49,7 +51,7 @@ def test_every_policy_goes_through_all_stages(data, tmp_path, capsys, policy):
     episodes = all_stages(data, tmp_path, policy)
     assert len(episodes.splitlines()) == 2
     text = capsys.readouterr().out
-    assert re.search(r"gradient     reaches all \d+ policy tensors", text)
+    assert re.search(r"gradient     of the world-model loss reaches (\d+) of \1 policy tensors, all", text)
     new = next(line for line in text.splitlines() if line.startswith("new"))
     assert "action_out.weight" in new and "image_encoder" not in new, "what pretraining leaves is named"
     hashes = [re.findall(r'"actions": "(\w+)"', text)
@@ -80,7 +82,12 @@ LABELLED = [["--views", "all"], ["--proprio"], ["--views", "all", "--proprio", "
 @pytest.mark.parametrize("flags", [*ABLATIONS, *LABELLED], ids=" ".join)
 def test_every_ablation_is_one_flag_and_reaches_the_policy(data, tmp_path, capsys, flags):
     checkpoint = pre(data, tmp_path / "pre", *flags, video=data.robot if flags in LABELLED else data.video)
-    assert re.search(r"gradient     reaches all \d+ policy tensors", capsys.readouterr().out)
+    said = re.search(r"gradient     of the (.+) loss reaches (\d+) of (\d+) policy tensors(.*)",
+                     capsys.readouterr().out)
+    labelled = "--labels-frac" in flags and "none" not in flags
+    assert (int(said[2]) < int(said[3])) == labelled
+    for name in said[4].removeprefix("; left to the labels: ").split(", ") if labelled else ():
+        assert name.startswith(("action_", "style_")), "what is left untouched is named"
     assert all(torch.isfinite(v).all() for v in checkpoint["policy"].values())
     fine(data, tmp_path / "fine", "--init", str(tmp_path / "pre" / "last.pt"))
 
@@ -89,27 +96,74 @@ def test_every_ablation_is_one_flag_and_reaches_the_policy(data, tmp_path, capsy
 def test_control_arms_leave_the_policy_untrained_and_say_so(data, tmp_path, capsys, kind):
     before = pre(data, tmp_path / "one", "--latents", kind, "--steps", "1", video=data.robot)["policy"]
     after = pre(data, tmp_path / "two", "--latents", kind, video=data.robot)["policy"]
-    assert re.search(rf"gradient     reaches none of the \d+ policy tensors: --latents {kind} is a control",
+    assert re.search(rf"reaches none of \d+ policy tensors: --latents {kind} is a control",
                      capsys.readouterr().out)
     moved = [k for k in before if not torch.equal(before[k], after[k]) and not k.startswith("latent_norm")]
     assert not moved, moved
 
 
-def test_control_arms_with_labels_train_by_the_labels_alone(data, tmp_path, capsys):
-    pre(data, tmp_path / "run", "--latents", "zero", "--labels-frac", "0.5", video=data.robot)
-    assert "gradient     reaches all" in capsys.readouterr().out
+def test_a_detached_world_model_is_noticed_though_labels_teach_the_policy(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.Feed, "__call__", lambda self, z, batch: (z.detach(), 0.0))
+    with pytest.raises(InputError, match="world-model loss gives no finite, non-zero gradient"):
+        pre(data, tmp_path / "run", "--labels-frac", "0.5", video=data.robot)
 
 
 def test_labels_frac_reads_the_actions_of_that_share_alone(data, tmp_path, capsys, monkeypatch):
-    seen, original = set(), models.BAKU.loss
+    read, original = set(), prepare_data.EpisodeDataset._rows
 
-    def loss(self, batch):
-        seen.update(batch["episode"].tolist() if self.training else [])
-        return original(self, batch)
+    def rows(self, shard, key, first, count):
+        if key == "actions":
+            read.add(int(self._place[:, 2].searchsorted(first, side="right")))        # number of the episode
+        return original(self, shard, key, first, count)
 
-    monkeypatch.setattr(models.BAKU, "loss", loss)
+    monkeypatch.setattr(prepare_data.EpisodeDataset, "_rows", rows)
     pre(data, tmp_path / "run", "--labels-frac", "0.1", "--steps", "12", video=data.robot)
-    assert "labels       of 2 episodes" in capsys.readouterr().out and len(seen) == 2
+    assert "labels       of 2 episodes" in capsys.readouterr().out and len(read) == 2, read
+    read.clear()
+    pre(data, tmp_path / "none", video=data.robot)
+    assert not read, "without the flag no action is read"
+
+
+def test_labels_may_come_from_other_data_with_other_camera_names(data, tmp_path, capsys):
+    other = str(write_dataset(tmp_path / "other", cameras=("agentview",)))
+    pre(data, tmp_path / "run", "--labels-frac", "0.5", "--label-data", other)
+    assert "labels       of 9 episodes of " in capsys.readouterr().out
+    with pytest.raises(InputError, match="--label-data .* has 1 cameras, --views all of .* are 2"):
+        pre(data, tmp_path / "x", "--labels-frac", "0.5", "--label-data", other, "--views", "all",
+            video=data.robot)
+
+
+def test_the_running_statistics_of_the_latents_are_those_of_the_video(data, tmp_path):
+    """Labels may be of another domain: their pass must not move what the latents are standardised by."""
+    runs = [pre(data, tmp_path / share, "--labels-frac", share, "--labels-weight", "1e-30", "--steps", "1",
+                video=data.robot)["policy"]["latent_norm.running_mean"] for share in ("0.1", "1")]
+    torch.testing.assert_close(*runs)
+
+
+def feed(**flags):
+    """The Feed of these flags, and a batch of four clips."""
+    torch.manual_seed(0)
+    args = Namespace(**({"latents": "learned", "latent_source": "policy"} | flags))
+    config = dict(size="tiny", image_size=16, action_dim=7, views=1)
+    batch = {"frames": torch.randint(0, 255, (4, 4, 3, 16, 16), dtype=torch.uint8),
+             "actions": torch.rand(4, 3, 7) * 2 + 3, "is_pad": torch.zeros(4, 3, dtype=torch.bool)}
+    limits = {"min": [3.0] * 7, "max": [5.0] * 7}
+    return pretrain.Feed(args, config, limits, "cpu"), batch
+
+
+def test_what_the_world_model_is_fed_in_each_arm():
+    z = torch.randn(4, 3, 7, requires_grad=True)
+    for kind, wanted in (("learned", z), ("shuffled", z[[2, 3, 0, 1]]), ("zero", z * 0), ("detached", z)):
+        arm, batch = feed(latents=kind)
+        fed, extra = arm(z, batch)
+        assert torch.equal(fed, wanted) and extra == 0 and fed.requires_grad == arm.teaches, kind
+    arm, batch = feed(latents="true")
+    torch.testing.assert_close(arm(z, batch)[0], batch["actions"] - 4)                # [3, 5] -> [-1, 1]
+    arm, batch = feed(latent_source="inverse")
+    fed, distilled = arm(z, batch)
+    torch.testing.assert_close(distilled, ((z - fed) ** 2).mean())
+    distilled.backward()
+    assert z.grad.any() and all(p.grad is None for p in arm.inverse.parameters()), "the policy follows, alone"
 
 
 def test_supervised_pretraining_resumes_to_the_bit(data, tmp_path, monkeypatch):
@@ -151,10 +205,10 @@ def test_averaged_weights_are_what_is_evaluated_and_resume_to_the_bit(data, tmp_
 def test_frozen_trunk_waits_and_then_learns(data, tmp_path):
     start = pre(data, tmp_path / "pre")["policy"]
     flags = ["--init", str(tmp_path / "pre" / "last.pt"), "--freeze-steps", "2"]
-    for steps, moves in (("2", False), ("3", True)):
-        after = fine(data, tmp_path / steps, *flags, "--steps", steps)["policy"]
-        assert torch.equal(after["trunk.0.qkv.weight"], start["trunk.0.qkv.weight"]) != moves
-        assert after["action_out.weight"].any()
+    after = [fine(data, tmp_path / steps, *flags, "--steps", steps)["policy"] for steps in "123"]
+    moved = [not torch.equal(one["trunk.0.qkv.weight"], start["trunk.0.qkv.weight"]) for one in after]
+    assert moved == [False, False, True]
+    assert not torch.equal(after[0]["action_out.weight"], after[1]["action_out.weight"]), "what is new learns"
 
 
 def test_what_does_not_go_together_is_one_line(data, tmp_path):
@@ -164,6 +218,12 @@ def test_what_does_not_go_together_is_one_line(data, tmp_path):
         (lambda: pre(data, tmp_path / "x", "--world-model", "none"), "give --labels-frac"),
         (lambda: pre(data, tmp_path / "x", "--labels-frac", "0.5"), "video only"),
         (lambda: pre(data, tmp_path / "x", "--labels-frac", "2"), "share from 0 to 1"),
+        (lambda: pre(data, tmp_path / "x", "--label-data", data.robot), "does nothing without --labels-frac"),
+        (lambda: pre(data, tmp_path / "x", "--world-model", "none", "--labels-frac", "1", "--mask", "0.5"),
+         "--mask does nothing with --world-model none"),
+        (lambda: pre(data, tmp_path / "x", "--labels-frac", "1", "--label-data", data.robot, "--strides",
+                     "1"), "--strides has 1 numbers for 2 datasets"),
+        (lambda: evaluate.main(["--checkpoint", str(supervised / "last.pt")]), "finetune it first"),
         (lambda: pre(data, tmp_path / "x", "--latents", "true"), "needs data that have it"),
         (lambda: pre(data, tmp_path / "x", "--proprio"), "needs data that have it"),
         (lambda: pre(data, tmp_path / "x", "--latent-source", "inverse", "--latents", "zero"), "leave out"),

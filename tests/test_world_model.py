@@ -220,6 +220,29 @@ def test_inverse_latents_follow_from_the_two_frames_around_them():
     assert moved.tolist() == [k in (2, 3) for k in range(N)], "z_k lies between o_k and o_k+1"
 
 
+@pytest.mark.parametrize("size", (16, 64, 128))
+def test_targets_are_drawn_at_every_image_size_or_refused(size):
+    images = torch.randint(0, 255, (2, 3, 3, size, size), dtype=torch.uint8)
+    for target in w.TARGETS:
+        if (size, target) == (16, "features"):
+            with pytest.raises(m.InputError, match="too small to draw"):
+                world(target=target, image_size=size)
+        else:
+            model = world("both", target=target, image_size=size)
+            assert model.losses(images, torch.randn(2, 2, Z))["recon"].isfinite().all()
+
+
+def test_feature_target_does_not_jump_at_upright_edges():
+    """A grey level of noise must not move the votes of an edge to another bin."""
+    images = torch.full((1, 2, 3, 32, 32), 100, dtype=torch.uint8)
+    images[..., 16:] = 200
+    for edges in (images, images.transpose(-1, -2).contiguous()):
+        noisy = edges + torch.randint(-1, 2, edges.shape).expand_as(edges)
+        was, came = (w.targets(x.to(torch.uint8), "features")[1] for x in (edges, noisy))
+        strong = was.norm(dim=2, keepdim=True) > 0.5
+        assert ((was - came).abs() * strong).max() < 0.1
+
+
 def test_world_model_names_what_it_was_not_made_for():
     with pytest.raises(AssertionError, match="7 frames need 6 actions, got 5"):
         world().observe(video(), torch.randn(B, N - 1, Z))
