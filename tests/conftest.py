@@ -72,6 +72,17 @@ def libero_assets():
     return assets
 
 
+def stop_after(monkeypatch, script, step):
+    """The script is killed right after it has saved `step`."""
+    save = script.save_checkpoint
+
+    def save_then_die(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint["step"] == step:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(script, "save_checkpoint", save_then_die)
+
+
 def metrics(run):
     """metrics.jsonl of a run folder -> list of dicts."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

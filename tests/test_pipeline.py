@@ -13,7 +13,7 @@ import finetune
 import models
 import prepare_data
 import pretrain
-from conftest import metrics, write_dataset
+from conftest import metrics, stop_after, write_dataset
 from models import InputError
 
 README = (Path(models.__file__).parent / "README.md").read_text()
@@ -169,13 +169,8 @@ def test_what_the_world_model_is_fed_in_each_arm():
 def test_supervised_pretraining_resumes_to_the_bit(data, tmp_path, monkeypatch):
     flags = ["--world-model", "none", "--labels-frac", "1", "--policy", "act", "--save-every", "1"]
     whole = pre(data, tmp_path / "whole", *flags, video=data.robot)
-    save = pretrain.save_checkpoint
-
-    def save_then_die(path, checkpoint):
-        save(path, checkpoint)
-        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_checkpoint", save_then_die)
+        stop_after(patch, pretrain, 1)
         with pytest.raises(KeyboardInterrupt):
             pre(data, tmp_path / "run", *flags, video=data.robot)
     resumed = pre(data, tmp_path / "run", *flags, "--resume", video=data.robot)
@@ -187,14 +182,8 @@ def test_averaged_weights_are_what_is_evaluated_and_resume_to_the_bit(data, tmp_
     whole = fine(data, tmp_path / "whole", *flags)
     differ = [k for k, v in whole["policy"].items() if not torch.equal(v, whole["last_weights"][k])]
     assert "unet.out.0.weight" in differ, "policy: averaged, last_weights: to go on from"
-    save = finetune.save_checkpoint
-
-    def save_then_die(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint["step"] == 2:
-            raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_checkpoint", save_then_die)
+        stop_after(patch, finetune, 2)
         with pytest.raises(KeyboardInterrupt):
             fine(data, tmp_path / "run", *flags)
     resumed = fine(data, tmp_path / "run", *flags, "--resume")

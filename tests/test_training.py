@@ -8,7 +8,7 @@ import torch
 import finetune
 import models
 import pretrain
-from conftest import metrics, write_dataset
+from conftest import metrics, stop_after, write_dataset
 from models import InputError
 
 
@@ -30,17 +30,6 @@ def pretrained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "pretrain"
     pre(data, out)
     return out / "last.pt"
-
-
-def stop_after(monkeypatch, script, step):
-    """The script is killed right after it has saved `step`."""
-    save = script.save_checkpoint
-
-    def save_then_die(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint["step"] == step:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(script, "save_checkpoint", save_then_die)
 
 
 # ---- exact resume ----
