@@ -117,7 +117,7 @@ def test_labels_frac_reads_the_actions_of_that_share_alone(data, tmp_path, capsy
         return original(self, shard, key, first, count)
 
     monkeypatch.setattr(prepare_data.EpisodeDataset, "_rows", rows)
-    pre(data, tmp_path / "run", "--labels-frac", "0.1", "--steps", "12", video=data.robot)
+    pre(data, tmp_path / "run", "--labels-frac", "0.1", video=data.robot)
     assert "labels       of 2 episodes" in capsys.readouterr().out and len(read) == 2, read
     read.clear()
     pre(data, tmp_path / "none", video=data.robot)
