@@ -292,11 +292,8 @@ class Feed:
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = arguments(argv)
-    out = Path(args.out)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "label_data",
-                                      "probe_data", "workers", "log_every", "save_every", "eval_every"})
+def check(args):
+    """InputError for what cannot be, and for flags that would do nothing."""
     at_least(args, 1, "chunk", "latent_dim", "latent_calls", "steps", "log_every", "save_every",
              "eval_every", "eval_windows")
     at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
@@ -321,20 +318,16 @@ def main(argv=None):
     if args.latent_source == "inverse" and args.latents != "learned":
         raise InputError(f"--latents {args.latents} is a control of the policy's own latents: leave out "
                          "--latent-source inverse")
-    origin = provenance()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    device = pick_device(args.device)
 
-    # ---- data ----
-    views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
+
+def open_data(args, views):
+    """-> windows to train on, held-out ones, those whose true actions are learnt (or None): Mixtures."""
     paths = [*args.data, *(args.label_data or [])]
     strides = args.strides or even_strides(paths)
     if len(strides) != len(paths):
         raise InputError(f"--strides has {len(strides)} numbers for {len(paths)} datasets: one each, those "
                          "of --label-data last")
-    labelled, count_data = None, len(args.data)
+    supervised, labelled = args.world_model == "none", None
     if args.labels_frac:
         source, weights = (args.label_data, None) if args.label_data else (args.data, args.weights)
         labelled = Mixture(source, args.chunk, weights, strides[-len(source):], cameras=views, split="train",
@@ -343,42 +336,65 @@ def main(argv=None):
             raise InputError(f"{source[0]} holds video only: name demonstrations with "
                              + ("--data" if supervised else "--label-data"))
     if supervised:
-        train, held_out = labelled, Mixture(args.data, args.chunk, args.weights, strides, cameras=views,
-                                            split="val")
-    else:
-        labels = [*["actions"] * (args.latents == "true"), *["proprio"] * args.proprio]
-        train, held_out = (Mixture(args.data, args.chunk, args.weights, strides[:count_data], cameras=views,
-                                   future=views, split=split, labels=labels) for split in ("train", "val"))
-        for key in ("image_size", "text_encoder") if labelled else ():
-            if getattr(labelled, key) != getattr(train, key):
-                raise InputError(f"--label-data {source[0]} has {key} {getattr(labelled, key)}, "
-                                 f"{args.data[0]} has {getattr(train, key)}: prepare one of them again")
-        if labelled and len(labelled.cameras) != views:
-            raise InputError(f"--label-data {source[0]} has {len(labelled.cameras)} cameras, --views "
-                             f"{args.views} of {args.data[0]} are {views}")
-        for name, wanted, got in (("latents true", args.latents == "true", train.action_dim),
-                                  ("proprio", args.proprio, train.proprio_dim)):
-            if wanted and not got:
-                raise InputError(f"--{name} needs data that have it, {args.data[0]} has video only")
+        return labelled, Mixture(args.data, args.chunk, args.weights, strides, cameras=views,
+                                 split="val"), labelled
+    labels = [*["actions"] * (args.latents == "true"), *["proprio"] * args.proprio]
+    train, held_out = (Mixture(args.data, args.chunk, args.weights, strides[:len(args.data)], cameras=views,
+                               future=views, split=split, labels=labels) for split in ("train", "val"))
+    for key in ("image_size", "text_encoder") if labelled else ():
+        if getattr(labelled, key) != getattr(train, key):
+            raise InputError(f"--label-data {source[0]} has {key} {getattr(labelled, key)}, "
+                             f"{args.data[0]} has {getattr(train, key)}: prepare one of them again")
+    if labelled and len(labelled.cameras) != views:
+        raise InputError(f"--label-data {source[0]} has {len(labelled.cameras)} cameras, --views "
+                         f"{args.views} of {args.data[0]} are {views}")
+    for name, wanted, got in (("latents true", args.latents == "true", train.action_dim),
+                              ("proprio", args.proprio, train.proprio_dim)):
+        if wanted and not got:
+            raise InputError(f"--{name} needs data that have it, {args.data[0]} has video only")
+    return train, held_out, labelled
+
+
+def open_probe(args, views, train):
+    """-> {"train" | "val": labelled windows for the probe}, or None"""
+    if args.probe_data == "none" or args.world_model == "none":
+        return None
+    if not Path(args.probe_data).exists():
+        raise InputError(f"no labelled demonstrations at {args.probe_data}: name some, "
+                         "or type --probe-data none")
+    probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split,
+                                   text_encoder=train.text_encoder) for split in ("train", "val")}
+    if (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
+            or len(probe["val"].cameras) < views):
+        raise InputError(f"--probe-data {args.probe_data} must hold actions and {views} cameras of "
+                         f"{train.image_size} pixels, as {args.data[0]}: name others, or "
+                         "--probe-data none")
+    return probe
+
+
+def main(argv=None):
+    args = arguments(argv)
+    out = Path(args.out)
+    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "label_data",
+                                      "probe_data", "workers", "log_every", "save_every", "eval_every"})
+    check(args)
+    origin = provenance()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+
+    # ---- data ----
+    views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
+    train, held_out, labelled = open_data(args, views)
+    probe, supervised = open_probe(args, views, train), args.world_model == "none"
     # Four windows near each other at a time, mostly of one episode: latents can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(held_out))
     eval_batch = to_device(next(iter(DataLoader(Subset(held_out, rows), batch_size=len(rows)))), device)
-    probe = None
-    if args.probe_data != "none" and not supervised:
-        if not Path(args.probe_data).exists():
-            raise InputError(f"no labelled demonstrations at {args.probe_data}: name some, "
-                             "or type --probe-data none")
-        probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split,
-                                       text_encoder=train.text_encoder) for split in ("train", "val")}
-        if (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
-                or len(probe["val"].cameras) < views):
-            raise InputError(f"--probe-data {args.probe_data} must hold actions and {views} cameras of "
-                             f"{train.image_size} pixels, as {args.data[0]}: name others, or "
-                             "--probe-data none")
 
     # ---- policy, world model, one optimiser over both ----
-    numbers = policy_numbers(args.policy, args.policy_size)
+    numbers = dict(policy_numbers(args.policy, args.policy_size))
     if args.latent_calls:
         if "latent_calls" not in numbers:
             raise InputError(f"--latent-calls is of --policy diffusion, {args.policy} calls its network once")
@@ -415,7 +431,8 @@ def main(argv=None):
     if world_model:
         print(f"world model  {args.world_model}, {count(world_model):,} parameters, predicts {args.target}")
     if labelled and world_model:
-        print(f"labels       of {labelled.num_episodes:,} episodes of {' '.join(source)}")
+        print(f"labels       of {labelled.num_episodes:,} episodes of "
+              + " ".join(args.label_data or args.data))
     start, fingerprint = 0, train.fingerprint + (f"+{labelled.fingerprint}" if labelled else "")
     if checkpoint:
         if checkpoint["fingerprint"] != fingerprint:

@@ -230,6 +230,11 @@ def test_what_does_not_go_together_is_one_line(data, tmp_path):
         assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
 
 
+def test_a_flag_does_not_outlive_its_run(data, tmp_path):
+    pre(data, tmp_path / "run", "--policy", "diffusion", "--latent-calls", "2", "--steps", "1")
+    assert models.DiffusionPolicy.SIZES["tiny"]["latent_calls"] == 1
+
+
 def test_the_report_of_a_control_shows_that_nothing_is_used(data, tmp_path):
     pre(data, tmp_path / "run", "--latents", "zero")
     last = [line for line in metrics(tmp_path / "run") if "z_std" in line][-1]
