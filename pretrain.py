@@ -1,6 +1,7 @@
 """Stage 1 of LAWM (Sec. III-A): learn latent actions from video, without action labels.
 
-    python pretrain.py                           # data/hand -> runs/pretrain/last.pt (policy and world model)
+    python pretrain.py                           # data/hand, data/robot -> runs/pretrain/last.pt
+    python pretrain.py --data data/hand          # hand videos alone: no robot is seen
     python pretrain.py --smoke                   # a few steps, to see that everything runs
     python pretrain.py --resume                  # go on where a stopped run stood, with the same result
     python pretrain.py --data data/bridge data/ssv2 --probe-data none --policy-size paper --world-model 50m
@@ -34,7 +35,8 @@ from models import (POLICIES, InputError, Log, Normalizer, at_least, by_position
                     masked_mean, open_run, pick_device, policy_numbers, probe_r2, provenance, random_shift,
                     run, save_checkpoint, to_device, write_atomically)
 from prepare_data import EpisodeDataset, Mixture, even_strides, read_manifest
-from world_model import TARGETS, WORLD_MODEL_SIZES, InverseDynamics, WorldModel, targets
+from world_model import (TARGETS, WORLD_MODEL_SIZES, InverseDynamics, WorldModel, shuffled_within,
+                         targets)
 
 SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eval_windows=16)
 
@@ -42,9 +44,10 @@ SMOKE = dict(steps=6, batch_size=8, log_every=2, save_every=4, eval_every=6, eva
 def arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("data")
-    g.add_argument("--data", nargs="+", default=["data/hand"], help="dataset folders; actions in them are "
-                   "not read, unless --labels-frac or --latents true say so; paper: BridgeData V2 and "
-                   "Something-Something v2 (default data/hand)")
+    g.add_argument("--data", nargs="+", default=["data/hand", "data/robot"],
+                   help="dataset folders; actions in them are not read, unless --labels-frac or --latents "
+                   "true say so; paper: BridgeData V2 and Something-Something v2 (default data/hand "
+                   "data/robot)")
     g.add_argument("--weights", nargs="+", type=float, help="share of the windows drawn from each, to any "
                    "scale (default: every window is as likely)")
     g.add_argument("--strides", nargs="+", type=int, help="frames per step in each, those of --label-data "
@@ -140,16 +143,6 @@ def arguments(argv):
 
 
 # ---- what is watched while latent actions are learnt -----------------------------------------------------
-
-
-def shuffled_within(groups, generator):
-    """A permutation giving every row another row of its group -> (index (B,), has a partner (B,) bool)."""
-    index, paired = torch.arange(len(groups)), torch.zeros(len(groups), dtype=torch.bool)
-    for group in groups.unique():
-        rows = (groups == group).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        index[rows], paired[rows] = rows.roll(1), len(rows) > 1
-    return index, paired
 
 
 @torch.no_grad()

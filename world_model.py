@@ -413,6 +413,16 @@ class WorldModel(nn.Module):
         return F.interpolate(x.flatten(0, -4), first.shape[-2:]).unflatten(0, lead).clamp(0, 1)
 
 
+def shuffled_within(groups, generator):
+    """A permutation giving every row another row of its group -> (index (B,), has a partner (B,) bool)."""
+    index, paired = torch.arange(len(groups)), torch.zeros(len(groups), dtype=torch.bool)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        index[rows], paired[rows] = rows.roll(1), len(rows) > 1
+    return index, paired
+
+
 # ---- 5 the other source of latent actions ----------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import models
 import pretrain
 from conftest import metrics, stop_after, write_dataset
 from models import InputError
+from world_model import shuffled_within
 
 
 def weights(run):
@@ -103,7 +104,7 @@ def test_detached_latents_are_noticed_at_the_first_step(data, tmp_path, monkeypa
 
 def test_shuffling_stays_within_the_instruction_and_moves_every_row_that_has_a_partner():
     groups = torch.tensor([0, 0, 0, 1, 2, 2])
-    index, paired = pretrain.shuffled_within(groups, torch.Generator().manual_seed(0))
+    index, paired = shuffled_within(groups, torch.Generator().manual_seed(0))
     assert torch.equal(groups[index], groups) and (index[paired] != torch.arange(6)[paired]).all()
     assert paired.tolist() == [True, True, True, False, True, True] and index[3] == 3
 
