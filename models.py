@@ -457,11 +457,11 @@ class Policy(nn.Module):
     def _latents(self, x):
         return self.squash(self.latent_out(x).view(-1, self.chunk, self.config["latent_dim"]))
 
-    def _mean_action(self, x):
+    def _mean_action(self, x, bound=torch.tanh):
         """Features -> normalised actions (B, n, A) in (-1, 1)."""
         if self.config["head"] == "add":
             x = self._latents(x) if self.PER_STEP else self._latents(x).flatten(1)
-        return torch.tanh(self.action_out(x)).view(-1, self.chunk, self.config["action_dim"])
+        return bound(self.action_out(x)).view(-1, self.chunk, self.config["action_dim"])
 
     def loss(self, batch):
         """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float} to log besides.
@@ -566,6 +566,12 @@ class ACT(Policy):
         for block in self.style_encoder:
             tokens = block(tokens, seen)
         return self.style_out(tokens[:, 0]).chunk(2, -1)
+
+    def _mean_action(self, x):
+        """Without a tanh, as the original: L1 of a gripper that is mostly shut drives a tanh so far that it
+        passes no gradient any more, and the gripper never learns to open. Bounded only when it acts."""
+        mean = super()._mean_action(x, bound=lambda y: y)
+        return mean if self.training else mean.clamp(-1, 1)
 
     def loss(self, batch):
         """L1 of the valid steps + weight * KL(q(style) || N(0, I)): batch -> scalar, {name: float}."""
