@@ -644,7 +644,7 @@ def sweep(z, imagination, values=(-0.9, -0.45, 0.0, 0.45, 0.9)):
         effect.append(255 * (ends[-1] - ends[0]).abs().mean().item())
         pictures.append(torch.stack([x[0] for x in ends]))
     picture = grid(torch.stack(pictures), [f"dimension {d + 1}" for d in range(z.shape[2])],
-                   [f"{value:g}" for value in values])
+                   [f"z = {value:g}" for value in values])
     return effect, picture
 
 
@@ -714,10 +714,13 @@ def pairs(robot, video, names, args):
 
 
 def arrow(clips, i, scale=3):
-    """A clip's first frame with its motion over the chunk drawn from where it happens -> (H, W, 3) uint8."""
+    """A clip's first frame with its motion over the chunk drawn from where it happens, shortened where it would
+    leave the picture -> (H, W, 3) uint8."""
     picture = (255 * clips["picture"][i].permute(1, 2, 0).numpy(force=True)).astype(np.uint8)
     picture = np.ascontiguousarray(picture.repeat(scale, 0).repeat(scale, 1))
-    start, end = scale * clips["where"][i], scale * (clips["where"][i] + clips["motion"][i])
+    start, motion, edge = scale * clips["where"][i], scale * clips["motion"][i], len(picture) - 6
+    room = np.where(motion > 0, edge - start, start - 6) / np.maximum(np.abs(motion), 1e-6)
+    end = start + motion * np.clip(room.min(), 0, 1)
     for colour, thick in (((0, 0, 0), 5), ((255, 255, 255), 2)):                      # seen on any ground
         cv2.arrowedLine(picture, start.astype(int).tolist(), end.astype(int).tolist(), colour, thick,
                         cv2.LINE_AA, tipLength=0.3)
