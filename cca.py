@@ -85,7 +85,7 @@ def directions(moments, dx, ridge):
     """Canonical directions from moments -> A (dx, r), B (dy, r), r = min(dx, dy), for columns as they are."""
     n, sums, second = moments
     S = second / n - np.outer(sums / n, sums / n)
-    scale = np.sqrt(S.diagonal())
+    scale = np.sqrt(np.maximum(S.diagonal(), 1e-20))      # a fold may lack what varies elsewhere
     S = S / np.outer(scale, scale)
     white_x = inverse_root(S[:dx, :dx] + ridge * np.eye(dx))
     white_y = inverse_root(S[dx:, dx:] + ridge * np.eye(len(S) - dx))
@@ -369,6 +369,8 @@ def correlations(train, held_out, groups, names, args, note):
             weights = resamples(episode[1], args.bootstrap, args.seed)
             results = {}
             try:
+                if not moves.any():
+                    raise InputError("no action varies")
                 for name, x in X.items():
                     a, b = (v[i] for v, i in zip(x, inside))
                     if name == "true actions":
@@ -616,7 +618,7 @@ def swap(z, imagination, args):
             sums = per_episode([np.ones((len(values), 1)), values[:, None]], episode)[..., 0]      # (E, 2)
             drawn = weights @ sums
             result[name] = {"cosine": float(values.mean()), "interval": interval(drawn[:, 1] / drawn[:, 0])}
-    shown = np.flatnonzero(moving if moving.any() else whole)
+    shown = np.flatnonzero(next(x for x in (moving, whole, whole | True) if x.any()))
     shown = shown[np.linspace(0, len(shown) - 1, min(3, len(shown))).astype(int)]
     rows, labels = [], []
     for i in shown:
@@ -714,8 +716,8 @@ def pairs(robot, video, names, args):
 
 
 def arrow(clips, i, scale=3):
-    """A clip's first frame with its motion over the chunk drawn from where it happens, shortened where it would
-    leave the picture -> (H, W, 3) uint8."""
+    """A clip's first frame with its motion over the chunk, drawn from where it happens and shortened where it
+    would leave the picture -> (H, W, 3) uint8."""
     picture = (255 * clips["picture"][i].permute(1, 2, 0).numpy(force=True)).astype(np.uint8)
     picture = np.ascontiguousarray(picture.repeat(scale, 0).repeat(scale, 1))
     start, motion, edge = scale * clips["where"][i], scale * clips["motion"][i], len(picture) - 6

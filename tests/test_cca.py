@@ -94,6 +94,14 @@ def test_the_ridge_is_strong_where_columns_are_noise_and_weak_where_directions_a
     assert cca.choose_ridge(thin, X[:, 2:3], episode, 5) == min(cca.RIDGES)
 
 
+def test_a_column_that_varies_in_one_fold_alone_does_not_spoil_the_choice():
+    X, episode = RNG(0).normal(size=(200, 3)), np.repeat(np.arange(20), 10)
+    Y = np.c_[X[:, 0], np.where(episode == 5, X[:, 1], 0.0)]
+    with np.errstate(all="raise"):
+        assert cca.choose_ridge(X, Y, episode, 5) in cca.RIDGES
+        assert np.isfinite(cca.analyse(X, Y, episode, X, Y, episode, 5, ones(20))["resampled"]).all()
+
+
 def ones(episodes):
     return np.ones((1, episodes))
 

@@ -35,6 +35,11 @@ def shell_blocks():
     return "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
 
 
+def test_every_picture_of_the_readme_is_here():
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert pictures and all((ROOT / picture).stat().st_size > 5000 for picture in pictures)
+
+
 def docstring_commands():
     for path in SCRIPTS:
         doc = ast.get_docstring(ast.parse(path.read_text()))
