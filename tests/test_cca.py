@@ -216,6 +216,8 @@ def test_latents_that_tell_light_or_camera_are_found_out_and_blind_ones_are_not(
     assert rows["light"]["light"] > 0.8 and rows["light"]["moved"] > 1
     assert rows["light"]["camera_x"] < 0.2
     assert rows["blind"]["moved"] == 0 and max(rows["blind"][k] for k in ("camera_x", "light")) < 0.1
+    batch["episode"][:] = 7                                                 # a single held-out episode
+    assert cca.nuisances(policies, batch, 0)["light"]["light"] > 0.8
 
 
 # ---- the world model and pairs -----------------------------------------------------------------------------
