@@ -598,7 +598,8 @@ class DiffusionPolicy(Policy):
         1   ^a from one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM: x - ^e of
             one call, without a bound
         k   the DDIM sampler of k steps, unrolled: the gradient passes through all its calls (and is 0 where
-            the sampler clips)
+            the sampler clips). Hand videos, tiny, after the same 200 of 800 steps: shuffle_ratio 1.07 against
+            1.16 with one call, z_std 0.36 against 0.57, 1.15 s a step against 0.75: hence 1 by default
     then, as in every policy, standardised over the batch and tanh. The noise is drawn anew at every call in
     training; in eval mode it is obs["noise"], else always the same, so that z_std is that of observations.
     """
