@@ -203,7 +203,8 @@ def linear_probe(X, Y, X_test, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
 
 def mlp_probe(X, Y, X_test, width=64, steps=200, batch=512):
     """The same by one hidden layer; the last fifth of the rows says when to stop."""
-    (mx, sx), (my, sy) = ((v.mean(0), v.std(0) + 1e-8) for v in (X, Y))
+    mx, sx, my, sy = X.mean(0), X.std(0), Y.mean(0), Y.std(0) + 1e-8
+    sx = np.where(sx < 1e-6, np.inf, sx)                 # what is constant among few labels says nothing
     x, y, x_test = (torch.from_numpy(v).float() for v in ((X - mx) / sx, (Y - my) / sy, (X_test - mx) / sx))
     first, last = max(1, len(x) * 4 // 5), min(len(x) * 4 // 5, len(x) - 1)
     held = slice(last, None, max(1, (len(x) - last) // 2000))
@@ -367,11 +368,11 @@ def correlations(train, held_out, groups, names, args, note):
             episode = [split["episode"][k][i] for split, k, i in zip((train, held_out), keep, inside)]
             here = [y[i] for y, i in zip(Y, inside)]
             moves = varying(here[0])
-            weights = resamples(episode[1], args.bootstrap, args.seed)
             results = {}
             try:
-                if not moves.any():
-                    raise InputError("no action varies")
+                if not moves.any() or len(np.unique(episode[1])) < 2:
+                    raise InputError("no action varies, or there are fewer than two held-out episodes")
+                weights = resamples(episode[1], args.bootstrap, args.seed)
                 for name, x in X.items():
                     a, b = (v[i] for v, i in zip(x, inside))
                     if name == "true actions":
@@ -734,7 +735,7 @@ def arrow(clips, i, scale=3):
 # ---- 7 report --------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+COLOURS = 3 * ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 
 
 READING = {
@@ -807,7 +808,7 @@ def draw_correlations(table):
     figure = Figure(figsize=(10, 4.3), layout="constrained")
     for axes, (steps, r) in zip(figure.subplots(1, len(table["all"]), sharey=True, squeeze=False)[0],
                                     table["all"].items()):
-        for (name, row), colour, mark in zip(r["rows"].items(), COLOURS, "os^Dv<>X"):
+        for (name, row), colour, mark in zip(r["rows"].items(), COLOURS, 3 * "os^Dv<>X"):
             count = min(10, len(row["held_out"]))
             low, high = np.array(row["held_out_interval"])[:count].T
             x = np.arange(1, count + 1)
@@ -864,10 +865,12 @@ def draw_use(per_step, effect):
         left.plot(x, r["ratio"], marker=mark, color=colour, label=f"latents of another clip, same {name}")
         left.fill_between(x, *np.transpose(r["interval"]), color=colour, alpha=0.2, lw=0)
     left.axhline(1, color="black", lw=0.6)
+    x = np.arange(1, max([len(r["ratio"]) for r in per_step.values()], default=1) + 1)
     left.set(xlabel="step of the chunk (frames after o_t)",
              ylabel="open-loop error, shuffled / right (no unit)", xticks=x,
              title="does the world model use the latents?")
-    left.legend(fontsize=7)
+    if per_step:
+        left.legend(fontsize=7)
     right.bar(np.arange(1, len(effect) + 1), effect, color=COLOURS[0])
     right.set(xlabel="latent dimension (number)", ylabel="change of last frame (grey levels of 255)",
               title="from -0.9 to 0.9, the others fixed", xticks=range(1, len(effect) + 1))
@@ -1031,6 +1034,9 @@ def open_video(args, checkpoint, note):
     # Four windows near each other at a time, mostly of one episode: latents can be permuted within it.
     anchors = np.linspace(0, len(data) - 1, max(1, args.clips // 4)).astype(int)
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(data))
+    if len(rows) < 4:
+        note(f"the world model is left out: {path} has {len(rows)} held-out clips, 4 are the least")
+        return None, None
     return next(iter(DataLoader(Subset(data, rows.tolist()), batch_size=len(rows)))), path
 
 

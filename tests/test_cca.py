@@ -504,3 +504,11 @@ def test_what_cannot_be_analysed_is_refused_with_a_way_out(tmp_path, monkeypatch
         **still(self, i), "actions": torch.zeros(4, 3)})
     refused("no action of .* varies")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_task_group_without_held_out_episodes_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch,
+                                                                                 fake_data):
+    monkeypatch.setitem(FakeData.EPISODES, "val", [14, 15, 16])
+    result = analysis(tmp_path, write_checkpoint(tmp_path / "last.pt"), "--smoke", "--folds", "2")
+    assert result["cca"]["other"] == {} and result["cca"]["all"]["single"]["episodes"] == 3
+    assert any("fewer than two held-out episodes" in note for note in result["notes"])
