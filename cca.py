@@ -163,7 +163,8 @@ def r_squared(predicted, true, episode, weights):
     n, y, yy, error = np.moveaxis(np.einsum("se,ekr->skr", weights, per_episode(
         [np.ones_like(true), true, true ** 2, (true - predicted) ** 2], episode)), 1, 0)
     n = np.maximum(n, 1)
-    return 1 - error / n / np.maximum(yy / n - (y / n) ** 2, 1e-12)
+    # A resample may lack what varies: never less than a hundredth of the variance of all rows.
+    return 1 - error / n / np.maximum(yy / n - (y / n) ** 2, np.maximum(0.01 * true.var(0), 1e-12))
 
 
 def resamples(episode, count, seed):
@@ -271,7 +272,7 @@ def collect(policies, inverses, data, rows, device, title):
         for name, policy in policies.items():
             latents[name].append(policy.latent_actions(by_position(obs, policy.cameras)).cpu())   # (B, n, Z)
         for name, inverse in inverses.items():
-            latents[name].append(inverse(batch["frames"].to(device)).cpu())
+            latents[name].append(inverse(batch["frames"][:, :, :3 * inverse.views].to(device)).cpu())
         batch["frame"] = torch.cat([thumbnails(x) for x in batch["obs"]["images"].values()], 1)
         for key, mine in parts.items():
             mine.append(batch[key])
@@ -974,15 +975,20 @@ def load_policies(args):
         if policy.config["head"] != "latent":
             print(f"note         {path} was also trained on true actions (--labels-frac): what follows is no "
                   "evidence that video alone gives them")
+        if checkpoints and checkpoint["text_encoder"] != checkpoints[0]["text_encoder"]:
+            raise InputError(f"{path} reads {checkpoint['text_encoder']} instructions, {args.checkpoint[0]} "
+                             f"{checkpoints[0]['text_encoder']}: compare those of one text encoder")
         if checkpoints and policy.chunk != checkpoints[0]["config"]["chunk"]:
             raise InputError(f"{path} has chunks of {policy.chunk}, {args.checkpoint[0]} of "
                              f"{checkpoints[0]['config']['chunk']}: compare those of one length")
         name = Path(path).parent.name or path
-        name = path if name in policies else name
+        reserved = ("frame", "time", "shuffled", "true actions")
+        name = path if name in policies or name in reserved or name.startswith("random ") else name
         policies[name] = policy
         checkpoints.append(checkpoint)
         if "inverse" in checkpoint:
             inverse = InverseDynamics(checkpoint["world_config"])
+            inverse.views = checkpoint["world_config"]["views"]
             inverse.load_state_dict(checkpoint["inverse"])
             inverses[f"{name}, inverse dynamics (sees the future)"] = inverse.to(args.device).eval()
     for k in range(args.random_policies):
@@ -1005,8 +1011,9 @@ def open_data(args, policies, inverses, checkpoint):
     if args.stride is None:
         pretraining = checkpoint["data"]["mixture"][0]                    # seconds that a latent action lasts
         args.stride = max(1, round(whole.fps * pretraining["stride"] / pretraining["fps"]))
+    views = max([inverse.views for inverse in inverses.values()], default=0)
     splits = [EpisodeDataset(args.data, chunk, cameras, split=s, text_encoder=name, stride=args.stride,
-                             future=int(bool(inverses))) for s in ("train", "val")]
+                             future=views) for s in ("train", "val")]
     if splits[0].num_episodes < args.folds or splits[1].num_episodes < 2:
         raise InputError(f"{args.data} has {splits[0].num_episodes} training and {splits[1].num_episodes} "
                          f"held-out episodes: {args.folds} (--folds) and 2 are the least")
