@@ -304,7 +304,6 @@ def representations(train, held_out, steps, rng):
     X["time"] = both(lambda split: (split["t"][:, None] / 100.0) ** [1, 2, 3])
     first = X[next(iter(train["latents"]))]
     X["shuffled"] = tuple(rng.permutation(x) for x in first)
-    X["true actions"] = Y
     return X, Y, keep
 
 
@@ -606,7 +605,7 @@ def swap(z, imagination, args):
     mean cosine of what is imagined with A's true motion and with B's; `own`: without a swap.
     """
     B = len(z)
-    other = torch.from_numpy(np.random.default_rng(args.seed).permutation(B)).roll(1)
+    other = torch.from_numpy(np.random.default_rng(args.seed).permutation(B))
     whole = ~imagination.batch["is_pad"].any(1).cpu().numpy()
     own, swapped = imagination(z), imagination(z[other.to(z.device)])
     (true, _), (mine, _), (theirs, _) = (image_motion(x) for x in (imagination.true(), own, swapped))
@@ -969,6 +968,11 @@ def load_policies(args):
     policies, inverses, checkpoints = {}, {}, []
     for path in args.checkpoint:
         policy, checkpoint = load_policy(path, args.device)
+        broken = [f"{part}.{k}" for part in ("world_model", "inverse")
+                  for k, v in checkpoint.get(part, {}).items() if not v.isfinite().all()]
+        if broken:
+            raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): "
+                             "its training diverged, train again")
         if checkpoint["stage"] != "pretrain":
             raise InputError(f"{path} has been finetuned on actions: give the pretrained checkpoint")
         policy.check_latent()

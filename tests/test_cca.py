@@ -483,6 +483,9 @@ def test_what_cannot_be_analysed_is_refused_with_a_way_out(tmp_path, monkeypatch
             cca.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *flags])
 
     refused("NaN or infinity in 1 tensors .first: query", checkpoint=tmp_path / "broken.pt")
+    broken = torch.load(good, weights_only=True)
+    save_checkpoint(tmp_path / "world.pt", {**broken, "world_model": {"w": torch.tensor([torch.nan])}})
+    refused("NaN or infinity in 1 tensors .first: world_model.w", checkpoint=tmp_path / "world.pt")
     refused("finetuned on actions", checkpoint=write_checkpoint(tmp_path / "fine.pt", stage="finetune"))
     refused("embedded with hash, not minilm",
             checkpoint=write_checkpoint(tmp_path / "text.pt", text_encoder="minilm"))
