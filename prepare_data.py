@@ -33,6 +33,7 @@ without it is not a dataset. Shard k covers a fixed run of the source's items. N
     fps                      (E,) float32                 frames per second
     actions, proprio         (N, A), (N, P) float32       absent for video; the row of an episode's last frame
                                                           is the hold action (changes zero, rest repeated)
+    extra/<name>             (N, ...)                     what `robot.py record` knows besides; read by nobody
     rejects                  (R,) str                     JSON: unusable items of the run and the reasons
 
 Canonical action: [dx dy dz, rotation x3, gripper], the source's own numbers; attributes name their units, the
@@ -1600,6 +1601,8 @@ def write_shard(path, about, episodes, rejects, encoder):
                                            for e in episodes])
         if about["proprio"] and episodes:
             f["proprio"] = np.concatenate([episode["proprio"] for episode in episodes])
+        for key in episodes[0].get("extra", {}) if episodes else ():
+            f[f"extra/{key}"] = np.concatenate([episode["extra"][key] for episode in episodes])
     write_atomically(path, buffer.getbuffer())
 
 

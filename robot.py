@@ -1,9 +1,17 @@
-"""The robot of the paper's real-world experiments (Section 4.3), as a MuJoCo twin: table, arm, five tasks.
+"""The robot of the paper's real-world experiments (Section 4.3): the Realman arm, and its MuJoCo twin.
 
+    python robot.py check --arm 192.168.1.18 --cameras front=0 side=2    # reads everything, moves nothing
+    python robot.py record --arm sim --out data/arm         # teleoperated demonstrations; sim: a rehearsal
+    python robot.py replay --arm sim --data data/arm        # one of them, at a quarter of its speed
+    python robot.py rollout --arm sim --checkpoint runs/finetune/last.pt    # success per task (Table II)
     python robot.py expert                                  # scripted expert, success per task, 2 min
     python robot.py expert --task stack_cups --video videos # ... and an mp4 of every episode
     python robot.py expert --embodiment hand --video videos # the same tasks by a free hand, viewpoint shaken
     python robot.py contact-sheet --out twin.png            # tasks x (start, middle, end) x cameras
+
+Two halves. First the twin: world, tasks, environment, scripted expert. Then the arm: kinematics, the safety
+gate that every command passes, the driver with its watchdog, cameras, teleoperation, the four commands.
+README "On a real arm" has the order in which to do things, and what was never tested on hardware.
 
 The twin is made of primitives only, there is nothing to download: an RM65-like arm built from its DH table, a
 parallel gripper, two fixed cameras and the objects of the paper's five tasks. It needs no GPU.
@@ -19,18 +27,30 @@ that a 64-pixel image shows a cup about 10 pixels wide and a grasp survives an e
 
 import argparse
 import atexit
+import collections
+import contextlib
 import ctypes
+import functools
+import itertools
+import json
 import os
+import queue
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from models import InputError, run
+from models import InputError, provenance, run, write_atomically
 
 
 # ---- headless OpenGL: chosen before mujoco is imported ----
@@ -86,16 +106,23 @@ JOINT_LIMIT = np.radians([178, 130, 135, 178, 128, 360])
 TOOL = 0.14     # m from the flange to the tool centre, which lies between the finger pads
 
 
-def dh_forward(q):
-    """Flange pose (4, 4) in the base frame for joint angles q (6,) in rad."""
-    pose = np.eye(4)
+def joint_frames(q):
+    """Frames (6, 4, 4) of the joints in the base frame, for angles q (6,) in rad; joint i turns about the z
+    of frame i, the last frame is the flange's."""
+    pose, frames = np.eye(4), []
     for (alpha, a, d, offset), angle in zip(DH, q):
         (ca, sa), (ct, st) = ((np.cos(x), np.sin(x)) for x in (alpha, angle + offset))
         pose = pose @ [[ct, -st, 0, a],
                        [st * ca, ct * ca, -sa, -d * sa],
                        [st * sa, ct * sa, ca, d * ca],
                        [0, 0, 0, 1]]
-    return pose
+        frames.append(pose)
+    return np.array(frames)
+
+
+def dh_forward(q):
+    """Flange pose (4, 4) in the base frame for joint angles q (6,) in rad."""
+    return joint_frames(q)[-1]
 
 
 def reach(z):
@@ -692,6 +719,1355 @@ class Expert:
         return np.array([*move, *turn, grip]) + calm * np.append(self.jitter, 0)
 
 
+# ---- the real arm: kinematics, in numpy ------------------------------------------------------------------
+
+JOINT_MARGIN = np.radians(3)        # kept away from the joints' limits
+MAX_JOINT_STEP = np.radians(4.5)    # per control step: 90 degrees/s, half of what the slowest joint can
+BRANCH = np.radians(40)             # a solution that far from the last one is another branch: refused
+LEAD = 0.04                         # m that the commanded tool may run ahead of the measured one
+MAX_TILT = 0.6                      # rad of the tool from straight down
+CLEARANCE = 0.02                    # m between parts of the arm, and of the arm above the table
+FRAME = 0.01                        # s between two joint targets on the wire: the controller's `follow`
+ABOVE = np.array([[-0.7, -0.7, 0.10], [0.7, 0.7, 1.1]])     # m, of the tool on its way home: above all things
+HOME_SPEED = np.radians(20)         # rad/s on the way home
+HOME_JOINTS = np.radians([0, -20, -70, 0, -90, 180])    # near HOME, tool down
+
+
+def tool_pose(q):
+    """Joints (6,) rad -> tool centre (3,) m and rotation (3, 3) in the base frame."""
+    flange = dh_forward(q)
+    return flange[:3, 3] + TOOL * flange[:3, 2], flange[:3, :3]
+
+
+def inverse_kinematics(position, rotation, q, iterations=40):
+    """Joints (6,) rad that bring the tool there, on the branch of q: damped least squares from q.
+    -> joints, residual (norm over m and rad); a pose that cannot be reached leaves a large residual."""
+    q = np.array(q, dtype=np.float64)
+    for _ in range(iterations):
+        frames = joint_frames(q)
+        tool = frames[-1, :3, 3] + TOOL * frames[-1, :3, 2]
+        error = np.concatenate([position - tool, rotation_error(rotation, frames[-1, :3, :3])])
+        if np.linalg.norm(error) < 1e-10:
+            break
+        # J = [z_i x (tool - o_i); z_i], dq = J^T (J J^T + damping I)^-1 error
+        axes = frames[:, :3, 2]                                                 # (6, 3)
+        J = np.vstack([np.cross(axes, tool - frames[:, :3, 3]).T, axes.T])      # (6, 6)
+        q += np.clip(J.T @ np.linalg.solve(J @ J.T + 1e-7 * np.eye(6), error), -0.3, 0.3)
+    return q, np.linalg.norm(error)
+
+
+# Capsules around base column, upper arm, forearm and wrist with tool: radius (m). Neighbours share a joint.
+RADII = np.array([0.065, 0.055, 0.050, 0.050])
+
+
+def clearance(q):
+    """Smallest gap (m) between parts of the arm that are no neighbours, or between forearm or wrist and the
+    table. Parts are capsules, sampled at nine points each: off by at most 4 mm."""
+    frames = joint_frames(q)
+    tool = frames[-1, :3, 3] + (TOOL - 0.02) * frames[-1, :3, 2]
+    corners = np.array([np.zeros(3), frames[1, :3, 3], frames[2, :3, 3], frames[3, :3, 3], tool])
+    share = np.linspace(0, 1, 9)[None, :, None]
+    points = corners[:-1, None] * (1 - share) + corners[1:, None] * share       # (4 parts, 9, 3)
+    gaps = [np.linalg.norm(points[i][:, None] - points[j][None], axis=-1).min() - RADII[i] - RADII[j]
+            for i, j in ((0, 2), (0, 3), (1, 3))]
+    # Of the hand, only down to the flange: fingers have to come near the table, WORKSPACE is their limit.
+    return min(*gaps, points[2, :, 2].min() - RADII[2], frames[-1, 2, 3] - RADII[3])
+
+
+# ---- the safety gate -------------------------------------------------------------------------------------
+
+def shorten(vector, length):
+    """The vector, or as much of it as is `length` long."""
+    return vector * min(1.0, length / max(np.linalg.norm(vector), 1e-12))
+
+
+class Refused(Exception):
+    """The gate let a command not pass; the target stays where it was."""
+
+
+class Gate:
+    """Every command for the arm passes here: an action (7,) becomes the joints' next target, or is Refused.
+
+    In this order: shape and finiteness; absurd size; clamp per step; tool within LEAD of the measured one;
+    workspace box; reach; inverse kinematics; tilt; joint limits less a margin; joint step (scaled down; a
+    jump to another branch is refused); self-collision and table. What is refused changes nothing, so that a
+    target never winds up. There is one way around the first half, for paths that were planned in joints
+    (the way home), and none around the second, admit().
+    """
+
+    def __init__(self):
+        self.refusals, self.clamped = collections.Counter(), 0
+
+    def hold(self, q):
+        """The target is where the joints q (6,) are."""
+        self.q = np.array(q, dtype=np.float64)
+        self.position, self.turn = tool_pose(self.q)
+
+    def __call__(self, action, measured):
+        """action (7,), measured joints (6,) rad -> target joints (6,) rad, what is executed of the action."""
+        try:
+            return self._pass(action, measured)
+        except Refused as refused:
+            self.refusals[str(refused).split(":")[0]] += 1
+            raise
+
+    def _pass(self, action, measured):
+        try:
+            action = np.asarray(action, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise Refused("not 7 finite numbers") from None
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise Refused("not 7 finite numbers")
+        limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
+        if (np.abs(action[:6]) > 10 * limit).any():
+            raise Refused(f"absurd: more than ten times the largest step of {MAX_STEP} m, {MAX_TURN} rad")
+        tool, _ = tool_pose(measured)
+        target = np.clip(self.position + shorten(action[:3], MAX_STEP), tool - LEAD, tool + LEAD)
+        target = np.clip(target, *WORKSPACE)
+        target[:2] *= min(1.0, reach(target[2]) / np.linalg.norm(target[:2]))
+        target = self.position + shorten(target - self.position, MAX_STEP)
+        turn = Rotation.from_rotvec(shorten(action[3:6], MAX_TURN)).as_matrix() @ self.turn
+        q, residual = inverse_kinematics(target, turn, self.q)
+        if residual > 1e-6:
+            raise Refused("inverse kinematics: no joint angles lead there")
+        if turn[2, 2] > -np.cos(MAX_TILT) and turn[2, 2] > self.turn[2, 2]:
+            raise Refused(f"tilt: the tool leans more than {MAX_TILT} rad")
+        before = self.position, self.turn
+        self.position, self.turn = tool_pose(self.admit(q))
+        executed = np.array([*self.position - before[0], *rotation_error(self.turn, before[1]),
+                             float(action[6] > 0.5)])
+        self.clamped += np.abs(executed[:6] - action[:6]).max() > 1e-4
+        return self.q, executed
+
+    def admit(self, q, box=WORKSPACE):
+        """The checks in joints; q (6,) rad becomes the target, shortened to the largest step. The tool stays
+        in the box; one that is outside may only come nearer."""
+        if (np.abs(q) > JOINT_LIMIT - JOINT_MARGIN).any():
+            raise Refused(f"joint limit: joint {np.abs(q / JOINT_LIMIT).argmax() + 1}")
+        step = q - self.q
+        if np.abs(step).max() > BRANCH:
+            raise Refused("joint step: a jump to another branch")
+        q = self.q + step * min(1.0, MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
+        if clearance(q) < min(CLEARANCE, clearance(self.q)):        # out of a bad place is allowed
+            raise Refused("collision: the arm with itself or the table")
+        tool, now = (tool_pose(x)[0] for x in (q, self.q))
+        outside, before = (np.maximum(box[0] - x, x - box[1]).max() for x in (tool, now))
+        if outside > max(0.001, before):
+            raise Refused("outside: the tool would leave the workspace")
+        self.q = q
+        return q
+
+
+def path_home(q):
+    """Joints from q (6,) rad to HOME at HOME_SPEED, one row per control step: straight up first, then in the
+    joints. InputError if that way is not free: then a person has to bring the arm near its home."""
+    gate, path, target = Gate(), [], HOME.copy()
+    gate.hold(q)
+    try:
+        while gate.position[2] < HOME[2] - 0.003 and gate.turn[2, 2] < -np.cos(MAX_TILT):
+            path.append(gate(np.array([0, 0, 0.003, 0, 0, 0, 1]), gate.q)[0])
+            if len(path) > 200:
+                raise Refused("no way up")
+        goal, residual = inverse_kinematics(target, TOOL_DOWN, HOME_JOINTS)
+        assert residual < 1e-6
+        gate.hold(gate.q)
+        while np.abs(goal - gate.q).max() > 1e-9:
+            step = goal - gate.q
+            step *= min(1, HOME_SPEED / CONTROL_HZ / np.abs(step).max())
+            path.append(gate.admit(gate.q + step, ABOVE))
+    except Refused as refused:
+        raise InputError(f"the way home is not free ({refused}): bring the tool by hand or with the pendant "
+                         f"near x {HOME[0]}, y {HOME[1]}, z {HOME[2]} m, pointing down") from None
+    return path
+
+
+# ---- the driver ------------------------------------------------------------------------------------------
+
+class ArmStopped(Exception):
+    """The arm was stopped and stays so: why. Only a new start of the script moves it again."""
+
+
+def within(seconds, call, *args):
+    """call(*args), but never longer: some calls of the vendor's library do not return. ArmStopped."""
+    answer = queue.Queue()
+    threading.Thread(target=lambda: answer.put(call(*args)), daemon=True).start()
+    try:
+        return answer.get(timeout=seconds)
+    except queue.Empty:
+        raise ArmStopped(f"{call.__name__} did not return within {seconds} s") from None
+
+
+def import_sdk():
+    """The vendor's library, imported only when an arm is used. InputError where there is none."""
+    try:
+        with contextlib.redirect_stdout(None):
+            from Robotic_Arm import rm_robot_interface
+            return rm_robot_interface
+    except (ImportError, NameError, OSError) as e:      # NameError: on macOS it has no library to name
+        raise InputError(f"the vendor's library does not load here ({e}): pip install Robotic_Arm==1.1.6, on "
+                         "Linux (x86-64 or aarch64); there is none for macOS") from e
+
+
+class RealmanArm:
+    """A Realman RM65-B with a parallel gripper, through the vendor's library.
+
+    Motion is one kind of message alone: joint targets (movej_canfd), one every 10 ms, from a thread that
+    walks from one target of the gate to the next within a control step. When this process dies, no further
+    target comes and the arm stands within a step. There is no blocking move, no planned trajectory that goes
+    on without us, and every call that waits for an answer waits for a known time.
+
+    The same thread is the watchdog. It latches: `stopped` holds the first reason, a slow stop is sent, no
+    target is sent any more, every later command raises ArmStopped.
+    """
+    STALL = 0.3         # s without a command in an episode
+    STATE_AGE = 0.2     # s
+    IMAGE_AGE = 0.5     # s
+    LAG = np.radians(5)         # of a joint behind its target, for 0.2 s
+    OVERRUN = 0.2       # s between two frames; meanwhile the arm stands at the last one
+
+    def __init__(self, address, move):
+        """address "IP" or "IP:PORT"; move False: all is read and computed, nothing is sent that moves."""
+        host, _, port = address.partition(":")
+        self.host, self.port, self.move = host, int(port or 8080), move
+        self.gate, self.stopped, self.stop_sent, self.watch = Gate(), None, None, []
+        self.state, self.opening, self.grip, self.grip_sent = None, None, None, None
+        self.armed = self.closing = False
+        self.command_at = self.lag_since = None
+        self.frames = self.overruns = 0
+        self.last_frame, self.returned = None, 0
+        self.wire = threading.Lock()
+        self.threads = []
+        self._lock_arm()
+        connected = False
+        try:
+            self._connect()
+            connected = True
+        finally:
+            if not connected:
+                self.close()
+
+    # -- connection --
+
+    def _lock_arm(self):
+        """One process per arm on this machine."""
+        path = Path(tempfile.gettempdir()) / f"realman-{self.host}-{self.port}.lock"
+        self.arm, self.lock = None, open(path, "a+")
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            raise InputError("an arm is driven from Linux here (its locks and terminals)") from None
+        except OSError:
+            self.lock.seek(0)
+            raise InputError(f"another process of this machine (number {self.lock.read() or 'unknown'}) "
+                             f"drives the arm at {self.host}: end it first") from None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+
+    def _connect(self):
+        try:
+            with socket.create_connection((self.host, self.port), timeout=2) as s:
+                here = s.getsockname()[0]
+        except OSError as e:
+            raise InputError(f"no controller at {self.host}:{self.port} ({e}): is it on, and this machine in "
+                             "its network? The vendor's default address is 192.168.1.18") from e
+        sdk = import_sdk()
+        with contextlib.redirect_stdout(None):
+            self.arm = sdk.RoboticArm(sdk.rm_thread_mode_e.RM_TRIPLE_MODE_E)
+        handle = within(8, self.arm.rm_create_robot_arm, self.host, self.port, 3)
+        if handle.id == -1:     # it does not raise; any other call but this one may now hang
+            raise InputError(f"{self.host}:{self.port} does not answer as a Realman controller")
+        self.arm.rm_set_timeout(200)        # ms, for every answer
+        self._callback = sdk.rm_realtime_arm_state_callback_ptr(self._receive)      # must outlive the arm
+        self.arm.rm_realtime_arm_state_call_back(self._callback)
+        if not self._wait_for_state(1.0):
+            self._listen(sdk, here)
+        for work in (self._grip_loop, self._frame_loop):
+            self.threads.append(threading.Thread(target=work, daemon=True))
+            self.threads[-1].start()
+
+    def _listen(self, sdk, here):
+        """The controller is told to send its state here; it keeps that setting."""
+        _, config = within(1, self.arm.rm_get_realtime_push)
+        config = sdk.rm_realtime_push_config_t(1, True, config["port"], 0, here, sdk.rm_udp_custom_config_t(
+            joint_speed=1, arm_current_status=1))
+        if within(1, self.arm.rm_set_realtime_push, config) or not self._wait_for_state(1.0):
+            raise InputError(f"the controller's state does not arrive at UDP {here}:{config.port}: open that "
+                             "port in the firewall of this machine")
+
+    def _wait_for_state(self, seconds):
+        end = time.monotonic() + seconds
+        while self.state is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.state is not None
+
+    def _receive(self, s):
+        """Called by the library's own thread for every state that the controller sends."""
+        if s.errCode == 0:
+            self.state = (time.monotonic(), np.radians(s.joint_status.joint_position[:6]),
+                          [int(s.err.err[i]) for i in range(s.err.err_len)])
+
+    def checks(self):
+        """[(what, what was found, whether that is right)]; an arm with a wrong one is not moved."""
+        arm, rows = self.arm, []
+
+        def ask(what, call, right, found=lambda answer: answer):
+            code, answer = within(2, call)
+            rows.append((what, found(answer) if code == 0 else f"no answer (code {code})",
+                         code == 0 and bool(right(answer))))
+
+        def dictionary(call):           # some calls return a dict with its code in it
+            def asked():
+                answer = call()
+                return answer.pop("return_code"), answer
+            asked.__name__ = call.__name__
+            return asked
+
+        ask("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]) == ("RM_65", 6))
+        ask("firmware", arm.rm_get_arm_software_info, lambda a: True,
+            lambda a: f"{a['product_version']}, controller {a['ctrl_info']['version']}")
+        ask("tool frame", arm.rm_get_current_tool_frame, lambda a: not np.any(a["pose"]),
+            lambda a: f"{a['name']} {a['pose']}")
+        ask("work frame", arm.rm_get_current_work_frame, lambda a: not np.any(a["pose"]),
+            lambda a: f"{a['name']} {a['pose']}")
+        # degrees and metres, as floats; order alpha, a, d, offset as in DH
+        ask("DH table", arm.rm_get_DH_data, lambda a: np.allclose(dh_table(a), DH, atol=2e-4),
+            lambda a: "as ours" if np.allclose(dh_table(a), DH, atol=2e-4) else dh_table(a).round(4).tolist())
+        ask("run mode", arm.rm_get_arm_run_mode, lambda a: a == 1, lambda a: f"{a} (1 = real)")
+        ask("power", arm.rm_get_arm_power_state, lambda a: a == 1, lambda a: f"{a} (1 = on)")
+        ask("joints", arm.rm_get_arm_all_state,
+            lambda a: all(a["joint_en_flag"][:6]) and not any(a["joint_err_code"][:6]),
+            lambda a: f"enabled {a['joint_en_flag'][:6]}, errors {a['joint_err_code'][:6]}")
+        ask("errors", arm.rm_get_current_arm_state, lambda a: all(int(e) == 0 for e in a["err"]["err"]),
+            lambda a: a["err"]["err"])
+        ask("joint limits", arm.rm_get_joint_max_pos,
+            lambda a: (np.array(a[:6]) >= np.degrees(JOINT_LIMIT - JOINT_MARGIN)).all())
+        ask("gripper", arm.rm_get_gripper_state, lambda a: a["status"] == 1 and a["error"] == 0,
+            lambda a: f"status {a['status']} (1 = online), error {a['error']}, opening {a['actpos'] / 1000}")
+        if self.move:
+            within(2, arm.rm_set_collision_state, 5)
+        ask("collision stage", arm.rm_get_collision_stage, lambda a: a > 0 or not self.move,
+            lambda a: f"{a} (0 = off, 8 = most sensitive)")
+        age, q, _ = self.state
+        age = time.monotonic() - age
+        rows.append(("state", f"{1000 * age:.0f} ms old, joints {np.degrees(q).round(1).tolist()} degrees, "
+                     f"tool at {tool_pose(q)[0].round(3).tolist()} m", age < self.STATE_AGE))
+        return rows
+
+    # -- what is measured --
+
+    @property
+    def joints(self):
+        """(6,) rad, measured. ArmStopped if the state is too old to be true."""
+        at, q, _ = self.state
+        if time.monotonic() - at > self.STATE_AGE:
+            self.stop(f"state: the last one is {time.monotonic() - at:.2f} s old")
+            self.check()
+        return q
+
+    def proprio(self):
+        """(7,) float32, see the top of the file."""
+        position, turn = tool_pose(self.joints)
+        return np.array([*position, *rotation_error(turn, TOOL_DOWN), self.opening or 0.0], np.float32)
+
+    # -- commands --
+
+    def arm_motors(self):
+        """From here on frames are sent and the watchdog watches; the target is where the arm stands."""
+        self.check()
+        self.gate.hold(self.joints)
+        self.segment = (self.gate.q, self.gate.q, time.monotonic())
+        self.command_at = self.lag_since = None
+        self.last_frame = time.monotonic()
+        self.armed = True
+
+    def rest(self):
+        """No command is expected until the next one; the arm holds its target."""
+        self.command_at = None
+
+    def act(self, action):
+        """One action (7,) of a control step. -> what is executed of it (7,). Refused, ArmStopped."""
+        self.check()
+        q, executed = self.gate(action, self.joints)
+        self.grip = executed[6]
+        self._aim(q)
+        return executed
+
+    def follow(self, q):
+        """One row of a planned path in joints. Refused, ArmStopped."""
+        self.check()
+        self._aim(self.gate.admit(q, ABOVE))
+        self.gate.hold(self.gate.q)
+
+    def keep(self):
+        """Stay: what follows a refused command."""
+        self.check()
+        self._aim(self.gate.q)
+
+    def _aim(self, q):
+        now = time.monotonic()
+        self.segment = (self.between(now), q, now)
+        self.command_at = now
+
+    def between(self, now):
+        """Joints (6,) on the way from the last target to the newest: straight, in one control step."""
+        start, end, begun = self.segment
+        return start + (end - start) * min(1.0, (now - begun) * CONTROL_HZ)
+
+    def check(self):
+        """ArmStopped if the arm was stopped."""
+        if self.stopped:
+            raise ArmStopped(self.stopped)
+
+    def stop(self, reason, fast=False):
+        """Latch, and send a slow stop (fast: at once, which brakes hard and forgets the trajectory). Returns
+        at once whatever the controller does; may be called from any thread and from a signal handler."""
+        self.stopped = self.stopped or reason
+        if self.arm and self.armed and (fast or not self.stop_sent):
+            self.stop_sent = time.monotonic()
+            call = self.arm.rm_set_arm_stop if fast else self.arm.rm_set_arm_slow_stop
+            threading.Thread(target=self._send_stop, args=(call,), daemon=True).start()
+
+    def _send_stop(self, call):
+        got = self.wire.acquire(timeout=0.05)       # after the frame that may be on its way, not before it
+        self.returned = call() if self.move else 0
+        if got:
+            self.wire.release()
+
+    # -- threads --
+
+    def _frame_loop(self):
+        due = time.monotonic()
+        while not self.closing:
+            due = max(due + FRAME, time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
+            if self.armed and not self.stopped:
+                try:
+                    self.frame(time.monotonic())
+                except (OSError, ValueError, TypeError, ArithmeticError, LookupError) as e:
+                    self.stop(f"driver: {type(e).__name__}: {e}")
+
+    def frame(self, now):
+        """One frame: what the watchdog has to say, then the joints' target of this moment."""
+        reason = self.watchdog(now)
+        if reason:
+            return self.stop(reason)
+        self.last_frame = now
+        self.send(self.between(now))
+
+    def send(self, q):
+        """Joints (6,) rad to the wire, unless the arm was stopped. The library returns 0 even for what the
+        controller refuses: that shows in its state alone."""
+        with self.wire:
+            if not self.stopped and self.move:
+                self.returned = self.arm.rm_movej_canfd(np.degrees(q).tolist(), True)
+        self.frames += 1
+        if self.returned:
+            self.stop(f"controller: a target was not sent (code {self.returned})")
+
+    def watchdog(self, now):
+        """-> why the arm has to stop now, or None."""
+        at, q, errors = self.state
+        if any(errors):
+            return f"controller: error {', '.join(f'{e} = 0x{e:04X}' for e in errors if e)}"
+        if now - at > self.STATE_AGE:
+            return f"state: none for {now - at:.2f} s"
+        if self.command_at and now - self.command_at > self.STALL:
+            return f"policy: no command for {now - self.command_at:.2f} s"
+        if now - self.last_frame > self.OVERRUN:
+            return f"overrun: {now - self.last_frame:.2f} s between two frames"
+        self.overruns += now - self.last_frame > 2.5 * FRAME
+        lag = np.abs(q - self.between(now)).max()
+        if lag <= self.LAG or not self.move:
+            self.lag_since = None
+        elif self.lag_since is None:
+            self.lag_since = now
+        elif now - self.lag_since > 0.2:
+            return f"lag: a joint is {np.degrees(lag):.1f} degrees behind its target"
+        return next(filter(None, (watch() for watch in self.watch)), None)
+
+    def _grip_loop(self):
+        """The gripper: its wanted side is sent when it changes, its opening is read 20 times a second. Calls
+        that wait are here alone, so a slow answer delays no frame."""
+        silent = 0
+        while not self.closing:
+            wanted = self.grip
+            if self.move and self.armed and not self.stopped and wanted != self.grip_sent:
+                # speed 500 of 1000; force 200 of 1000, which a paper cup survives; never blocking
+                code = (self.arm.rm_set_gripper_release(500, False, 1) if wanted > 0.5 else
+                        self.arm.rm_set_gripper_pick(500, 200, False, 1))
+                if code:
+                    self.stop(f"gripper: command refused or unanswered (code {code})")
+                self.grip_sent = wanted
+            code, answer = self.arm.rm_get_gripper_state()
+            silent = silent + 1 if code else 0
+            if not code:
+                self.opening = answer["actpos"] / 1000
+                if answer["error"] and self.armed:
+                    self.stop(f"gripper: error {answer['error']}")
+            elif silent > 3 and self.armed:
+                self.stop(f"gripper: no state (code {code})")
+            time.sleep(0.05)
+
+    def close(self):
+        """Stops what moves, ends the threads, lets the arm go. Cannot hang."""
+        if self.armed and not self.stopped:
+            self.stop("end")
+            time.sleep(0.1)
+        self.closing = True
+        for thread in self.threads:
+            thread.join(1)
+        if self.arm:
+            with contextlib.suppress(ArmStopped):
+                within(2, self.arm.rm_delete_robot_arm)
+            self.arm = None
+        self.lock.close()
+
+
+def dh_table(a):
+    """rm_get_DH_data's answer -> (6, 4) like DH: alpha (rad), a, d (m), offset (rad)."""
+    columns = a if isinstance(a, dict) else a.to_dict(6)
+    alpha, length, d, offset = (np.array(columns[key][:6]) for key in ("alpha", "a", "d", "offset"))
+    return np.stack([np.radians(alpha), length, d, np.radians(offset)], axis=1)
+
+
+# ---- cameras ---------------------------------------------------------------------------------------------
+
+class Camera:
+    """The newest picture of a source and the time it came, kept by a thread.
+
+    source  a number or /dev/v4l/by-id/... (a USB camera), a video file (played at its own rate, in a loop: to
+            rehearse), a URL (an IP camera; the twin), or rs:SERIAL (a RealSense: pip install pyrealsense2)
+
+    A picture that equals the one before, or shows a single colour, is no new picture: a camera that froze or
+    went dark is noticed like one that was unplugged, by the age of its last good picture.
+    """
+    SIZE, FPS = (640, 480), 30
+
+    def __init__(self, name, source):
+        self.name, self.source, self.closing, self.settings = name, source, False, ""
+        self.picture, self.at, self.why = None, time.monotonic(), "no picture yet"
+        self.read, self.release = self._realsense() if source.startswith("rs:") else self._opencv()
+        self.thread = threading.Thread(target=self._loop, daemon=True)
+        self.thread.start()
+        end = time.monotonic() + 5
+        while self.picture is None and time.monotonic() < end:
+            time.sleep(0.01)
+        if self.picture is None:
+            raise InputError(f"camera {name} ({source}) gives no picture: {self.why}")
+
+    def _opencv(self):
+        import cv2
+        live = self.source.isdigit() or self.source.startswith("/dev/")
+        self.paced = not live and "://" not in self.source
+        if "://" in self.source:
+            capture = cv2.VideoCapture(self.source, cv2.CAP_FFMPEG, [
+                cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 5000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 2000])
+        else:
+            capture = cv2.VideoCapture(int(self.source) if self.source.isdigit() else self.source)
+        if not capture.isOpened():
+            raise InputError(f"camera {self.name}: {self.source} does not open; ls /dev/v4l/by-id shows USB "
+                             "cameras, whose numbers change with every start")
+        if live:
+            wanted = {cv2.CAP_PROP_FOURCC: cv2.VideoWriter_fourcc(*"MJPG"), cv2.CAP_PROP_FRAME_WIDTH:
+                      self.SIZE[0], cv2.CAP_PROP_FRAME_HEIGHT: self.SIZE[1], cv2.CAP_PROP_FPS: self.FPS,
+                      cv2.CAP_PROP_BUFFERSIZE: 1}       # MJPG: two raw streams do not fit one USB hub
+            for key, value in wanted.items():
+                capture.set(key, value)
+            self.settings = ", ".join(f"{capture.get(key):g} (asked for {value:g})" for key, value in
+                                      wanted.items() if capture.get(key) != value)
+        self.capture, self.fps = capture, capture.get(cv2.CAP_PROP_FPS) or self.FPS
+
+        def read():
+            ok, picture = capture.read()
+            if not ok and self.paced:
+                capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
+                ok, picture = capture.read()
+            if self.paced:
+                time.sleep(1 / self.fps)
+            return picture if ok else None
+        return read, capture.release
+
+    def _realsense(self):
+        try:
+            import pyrealsense2 as rs
+        except ImportError as e:
+            raise InputError(f"camera {self.name} is a RealSense: pip install pyrealsense2") from e
+        pipeline, config = rs.pipeline(), rs.config()
+        config.enable_device(self.source[3:])
+        config.enable_stream(rs.stream.color, *self.SIZE, rs.format.bgr8, self.FPS)
+        try:
+            pipeline.start(config)
+        except RuntimeError as e:
+            raise InputError(f"camera {self.name}: no RealSense {self.source[3:]} ({e})") from e
+
+        def read():
+            return np.asanyarray(pipeline.wait_for_frames(1000).get_color_frame().get_data())
+        return read, pipeline.stop
+
+    def _loop(self):
+        while not self.closing:
+            try:
+                picture = self.read()
+            except RuntimeError as e:           # RealSense: no frames
+                picture, self.why = None, str(e)
+            if picture is None:
+                self.why = "unplugged or ended"
+                time.sleep(0.05)
+                continue
+            sample = picture[::4, ::4]
+            if np.ptp(sample) < 12:
+                self.why = "dark: one colour all over"
+            elif self.picture is not None and np.array_equal(sample, self.picture[::4, ::4]):
+                self.why = "frozen: the same picture again and again"
+            else:
+                self.picture, self.at, self.why = picture, time.monotonic(), "no new picture"
+        self.release()
+
+    def close(self):
+        self.closing = True
+        self.thread.join(0.5)
+
+    def trouble(self):
+        """Why the newest good picture is too old, or None."""
+        age = time.monotonic() - self.at
+        if age > RealmanArm.IMAGE_AGE:
+            return f"camera {self.name}: {self.why}, for {age:.2f} s"
+
+
+def open_cameras(sources):
+    """["front=0", "side=/dev/v4l/by-id/..."] -> {name: Camera}, in that order. InputError."""
+    cameras = {}
+    for text in sources:
+        name, equals, source = text.partition("=")
+        if not equals or not name or not source or name in cameras:
+            raise InputError(f"--cameras takes different NAME=SOURCE, got {text!r}: --cameras front=0 side=2")
+        cameras[name] = Camera(name, source)
+    return cameras
+
+
+# ---- the keyboard, and who stands beside the arm ---------------------------------------------------------
+
+class Keys:
+    """Keys as they are pressed, without Enter. The space bar stops the arm at once, whatever else happens."""
+
+    def __init__(self, arm):
+        self.pressed, self.arm, self.old = queue.Queue(), arm, None
+        if not sys.stdin.isatty():
+            return
+        import termios
+        import tty
+        self.old = termios.tcgetattr(sys.stdin)
+        tty.setcbreak(sys.stdin)
+        atexit.register(self.close)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        while True:
+            key = os.read(sys.stdin.fileno(), 1).decode(errors="ignore")
+            if key == " ":
+                self.arm.stop("stopped by the space bar")
+            elif key:
+                self.pressed.put(key)
+            else:
+                return
+
+    def get(self):
+        """The next key, or None."""
+        with contextlib.suppress(queue.Empty):
+            return self.pressed.get_nowait()
+
+    def ask(self, question, answers):
+        """Wait for one of the keys in `answers`. ArmStopped."""
+        print(question, end=" ", flush=True)
+        while self.get():
+            pass
+        while True:
+            self.arm.check()
+            key = self.get()
+            if key and key.lower() in answers:
+                print(key.strip() or "", flush=True)
+                return key.lower()
+            time.sleep(0.02)
+
+    def close(self):
+        if self.old:
+            import termios
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.old)
+            self.old = None
+
+
+class Person:
+    """Sets the scene and judges, at the keyboard."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def set_scene(self, task, start):
+        self.keys.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then "
+                      "Enter (space bar: stop, at any time)", "\n\r")
+
+    def verdict(self):
+        """True (y), False (n), or None: the episode goes on."""
+        return {"y": True, "n": False}.get(self.keys.get())
+
+    def judge(self):
+        return self.keys.ask("time is up: success? y/n", "yn") == "y"
+
+
+class World:
+    """The fake controller's twin, from outside: what a person beside a real table would see and do. It stands
+    where a Person stands, and where the Expert expects its environment."""
+
+    def __init__(self, port):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.lines = self.socket.makefile("rb")
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, command, **more):
+        self.socket.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
+        return json.loads(self.lines.readline())
+
+    def set_scene(self, task, start):
+        self.task_name, self.task = task, TASKS[task]
+        self.ask("twin_begin", task=task, seed=start)
+        self.look()
+
+    def look(self):
+        self.seen = self.ask("twin_state")
+        return self.seen
+
+    def verdict(self):
+        return self.look()["success"] or None
+
+    def judge(self):
+        return self.look()["success"]
+
+    tool_position = property(lambda self: np.array(self.seen["tool"]))
+    opening = property(lambda self: self.seen["opening"])
+
+    def position(self, name):
+        return np.array(self.seen["things"][name])
+
+    def proprio(self):
+        return np.array(self.seen["proprio"], np.float32)
+
+
+# ---- the environment -------------------------------------------------------------------------------------
+
+class EpisodeAborted(Exception):
+    """Several commands in a row were refused: the arm holds, this episode has failed."""
+
+
+class ArmEnv:
+    """The arm behind the contract of every environment: reset, step, render, at CONTROL_HZ of real time.
+
+    who sets the scene and judges: a Person, or the World of the rehearsal. journal: a file; every command is
+    a line of it, with what the gate made of it, where the joints were, how late and how old everything was.
+    """
+    REFUSALS = 3        # in a row end the episode
+    judged = True       # False: step() never says done, the operator ends the episode
+
+    def __init__(self, arm, cameras, image_size, who, journal=None, resize="squash"):
+        self.arm, self.views, self.who, self.resize = arm, cameras, who, resize
+        self.cameras, self.image_size, self.journal = tuple(cameras), image_size, journal
+        self.missed = self.ticks = 0
+        self.late, self.worst = 0.0, 0.0
+        arm.watch = [camera.trouble for camera in cameras.values()]
+        self.max_steps = None
+
+    def reset(self, task, start):
+        """Home, gripper open, scene set by `who`. -> obs"""
+        arm = self.arm
+        arm.arm_motors()
+        arm.grip = 1.0
+        for q in path_home(arm.joints) if arm.move else []:
+            arm.follow(q)
+            time.sleep(1 / CONTROL_HZ)
+        arm.rest()
+        self.who.set_scene(task, start)
+        self.task_name, self.instruction = task, TASKS[task].instruction
+        self.max_steps = TASKS[task].max_steps
+        self.number, self.steps, self.refused = start, 0, 0
+        ready = time.monotonic() + 0.1          # what is on its way then may still show the old scene
+        while any(camera.at < ready for camera in self.views.values()):
+            arm.check()                         # a camera that gives nothing new stops the arm
+            time.sleep(0.005)
+        self.begun = self.due = time.monotonic()
+        return self.observe()
+
+    def step(self, action, look=True):
+        """Sends an action (7,), waits for the end of the control step. -> obs, done, success
+
+        A refused one holds the arm; the REFUSALS-th in a row is EpisodeAborted. ArmStopped.
+        """
+        why, at = None, time.monotonic()
+        try:
+            self.executed = self.arm.act(action)
+            self.refused = 0
+        except Refused as refused:
+            why, self.executed = str(refused), np.array([0, 0, 0, 0, 0, 0, float((self.arm.grip or 0) > 0.5)])
+            self.refused += 1
+            self.arm.keep()
+        now = time.monotonic()
+        self.due += 1 / CONTROL_HZ
+        self.ticks += 1
+        self.late = max(0.0, now - self.due)
+        self.worst = max(self.worst, self.late)
+        if self.late:                           # the step is over before its command went out
+            self.missed += 1
+            self.due = now
+        else:
+            time.sleep(self.due - now)
+        self.steps += 1
+        self._write(action, why, at)
+        if self.refused >= self.REFUSALS:
+            raise EpisodeAborted(f"{self.refused} commands in a row refused, the last one: {why}")
+        verdict = self.who.verdict() if self.judged else None
+        if self.judged and verdict is None and self.steps >= self.max_steps:
+            self.arm.rest()
+            verdict = bool(self.who.judge())
+        return self.observe() if look and verdict is None else None, verdict is not None, bool(verdict)
+
+    def _write(self, action, why, at):
+        if self.journal:
+            state_at, q, _ = self.arm.state
+            self.journal.write(json.dumps({
+                "t": at, "task": self.task_name, "start": self.number, "step": self.steps, "raw":
+                np.asarray(action, float).ravel().tolist(), "executed": self.executed.round(6).tolist(),
+                "target_deg": np.degrees(self.arm.gate.q).round(3).tolist(), "refused": why,
+                "measured_deg": np.degrees(q).round(3).tolist(), "returned": self.arm.returned,
+                "late_ms": round(1000 * self.late, 2), "state_ms": round(1000 * (at - state_at), 1),
+                "image_ms": [round(1000 * (at - c.at), 1) for c in self.views.values()]}) + "\n")
+
+    def observe(self):
+        """What the policy sees: newest pictures, as prepared for training, and proprioception."""
+        self.times = {name: camera.at for name, camera in self.views.items()}
+        return {"images": {name: self.render(name, self.image_size) for name in self.views},
+                "proprio": self.arm.proprio()}
+
+    def render(self, camera, image_size):
+        """(H, W, 3) uint8 RGB, the newest picture."""
+        from prepare_data import shrink
+        return shrink(self.views[camera].picture, image_size, self.resize)[..., ::-1]
+
+    def timing(self):
+        return (f"{self.ticks} control steps, {self.missed} missed their deadline (worst by "
+                f"{1000 * self.worst:.1f} ms); {self.arm.frames} frames, {self.arm.overruns} late; "
+                f"{self.arm.gate.clamped} actions shortened, {sum(self.arm.gate.refusals.values())} refused "
+                f"{dict(self.arm.gate.refusals) or ''}")
+
+
+# ---- teleoperation ---------------------------------------------------------------------------------------
+
+class Reading(NamedTuple):
+    """What an operator's device says: pose of the hand (4, 4), whether it holds the arm, gripper 1 = open,
+    and "", "save" or "discard"."""
+    pose: np.ndarray
+    move: bool
+    gripper: float
+    button: str = ""
+
+
+class Clutch:
+    """Hand to action: while the grip is held the tool moves as the hand does, from where it was when the grip
+    was closed; let go, it holds. A hand that jumps was lost by its tracker: it has to let go first."""
+    JUMP = 0.08         # m between two readings, 1.6 m/s
+
+    def __init__(self):
+        self.hand = self.last = None
+        self.lost = False
+
+    def action(self, reading, gate):
+        """-> action (7,) for this control step, whether the hand holds the arm."""
+        still = np.array([0, 0, 0, 0, 0, 0, reading.gripper])
+        if not reading.move:
+            self.hand, self.last, self.lost = None, None, False
+            return still, False
+        if self.last is not None and np.linalg.norm(reading.pose[:3, 3] - self.last) > self.JUMP:
+            self.lost = True
+        self.last = reading.pose[:3, 3].copy()
+        if self.lost:
+            self.hand = None
+            return still, False
+        if self.hand is None:
+            self.hand, self.tool = reading.pose.copy(), (gate.position, gate.turn)
+        move = self.tool[0] + reading.pose[:3, 3] - self.hand[:3, 3] - gate.position
+        turned = reading.pose[:3, :3] @ self.hand[:3, :3].T @ self.tool[1]
+        turn = shorten(rotation_error(turned, gate.turn), MAX_TURN)
+        return np.array([*shorten(move, MAX_STEP), *turn, reading.gripper]), True
+
+
+class ScriptedTeleop:
+    """The scripted expert at the place of a person, in the rehearsal: its hand is where it wants the tool."""
+
+    def __init__(self, world, gate, seed):
+        self.world, self.gate, self.expert, self.holds = world, gate, Expert(world, seed), False
+        self.steps = 0
+
+    def read(self):
+        self.world.look()
+        self.steps += 1
+        action = self.expert.act() if self.holds else np.array([0, 0, 0, 0, 0, 0, 1.0])
+        self.holds = True       # first it takes hold, where the tool is: from there the clutch measures
+        pose = np.eye(4)
+        pose[:3, 3] = self.gate.position + action[:3]
+        pose[:3, :3] = Rotation.from_rotvec(action[3:6]).as_matrix() @ self.gate.turn
+        button = ("save" if self.world.seen["success"] else
+                  "discard" if self.steps > self.world.task.max_steps else "")
+        return Reading(pose, True, float(action[6] > 0.5), button)
+
+
+class KeyboardTeleop:
+    """w s: away, back; a d: left, right; r f: up, down; q e: turn; g: gripper; Enter: save; Backspace:
+    discard. A key moves the hand by 5 mm or 3 degrees, and holds the arm for 0.3 s."""
+    MOVES = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1)}
+
+    def __init__(self, keys):
+        self.keys, self.pose, self.gripper, self.held = keys, np.eye(4), 1.0, -1.0
+
+    def read(self):
+        button = ""
+        while key := self.keys.get():
+            self.held = time.monotonic()
+            if key in self.MOVES:
+                axis, sign = self.MOVES[key]
+                self.pose[axis, 3] += 0.005 * sign
+            elif key in "qe":
+                turn = Rotation.from_rotvec([0, 0, np.radians(3) * (1 if key == "q" else -1)]).as_matrix()
+                self.pose[:3, :3] = turn @ self.pose[:3, :3]
+            elif key == "g":
+                self.gripper = 1 - self.gripper
+            elif key in "\n\r":
+                button = "save"
+            elif key in "\x7f\b":
+                button = "discard"
+        return Reading(self.pose, time.monotonic() - self.held < 0.3, self.gripper, button)
+
+
+class QuestTeleop:
+    """A Meta Quest through the `teleop` package: its page in the headset's browser sends the controller's
+    pose. Grip: hold the arm; trigger: gripper; A: save; B: discard.
+
+    The page is served on loopback alone, since it asks nobody for a password: `adb reverse tcp:4443 tcp:4443`
+    brings it to a headset on a USB cable, at https://localhost:4443. When tracking is lost the page sends the
+    *headset's* pose as if nothing had happened, and the package hides the jump: so jumps are looked for here,
+    in the raw positions, and silence is a released grip.
+    """
+    SILENCE = 0.25      # s
+
+    def __init__(self, port=4443):
+        try:
+            from teleop import Teleop
+        except ImportError as e:
+            raise InputError("a Quest is read by the teleop package: pip install teleop==0.1.5") from e
+        self.latest, self.raw, self.jumped, self.pressed = None, None, False, ""
+        self.server = Teleop(host="127.0.0.1", port=port, natural_phone_orientation_euler=[0, 0, 0])
+        self.server.subscribe(self._hear)
+        threading.Thread(target=self.server.run, daemon=True).start()
+        print(f"Quest: adb reverse tcp:{port} tcp:{port}, then https://localhost:{port} in its browser")
+
+    def _hear(self, pose, message):
+        """Called by the server for every message of the page."""
+        raw = np.array([message["position"][axis] for axis in "xyz"])
+        if not message["move"]:
+            self.jumped = False
+        elif self.raw is not None and np.linalg.norm(raw - self.raw) > 0.05:
+            self.jumped = True
+        self.raw = raw if message["move"] else None
+        for button, meaning in (("reservedButtonA", "save"), ("reservedButtonB", "discard")):
+            if message.get(button):
+                self.pressed = meaning
+        self.latest = time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open")
+
+    def read(self):
+        if self.latest is None:
+            return Reading(np.eye(4), False, 1.0)
+        at, pose, move, gripper = self.latest
+        button, self.pressed = self.pressed, ""
+        silent = time.monotonic() - at > self.SILENCE
+        return Reading(pose, bool(move) and not self.jumped and not silent, gripper, button)
+
+# ---- around the arm: the rehearsal, signals, consent -----------------------------------------------------
+
+class Preview:
+    """What the cameras see, for the operator: in a window where there is a screen, else in a file."""
+
+    def __init__(self, path):
+        self.path, self.at = path, 0.0
+        self.window = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+                           or not sys.platform.startswith("linux"))
+        if not self.window:
+            print(f"preview      {path}, drawn 5 times a second (no screen here for a window)")
+
+    def show(self, env, text):
+        import cv2
+        if time.monotonic() - self.at < 0.2:
+            return
+        self.at = time.monotonic()
+        picture = np.concatenate([env.render(name, 256) for name in env.views], axis=1)[..., ::-1].copy()
+        cv2.putText(picture, text[:70], (5, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 255), 1, cv2.LINE_AA)
+        if self.window:
+            cv2.imshow("robot.py", picture)
+            cv2.waitKey(1)
+        else:
+            write_atomically(self.path, cv2.imencode(".png", picture)[1].tobytes())
+
+
+@contextlib.contextmanager
+def station(args, need_cameras=True):
+    """The arm, its cameras and the keyboard, checked, for as long as they are used. Whatever ends the block
+    stops the arm. -> namespace of arm, cameras, keys, who (a Person, or the World of the rehearsal), world"""
+    fake = world = arm = keys = None
+    cameras = {}
+    if args.arm != "sim" and args.move:
+        consent(args)
+    try:
+        address = args.arm
+        if args.arm == "sim":
+            command = [sys.executable, str(Path(__file__).parent / "tests" / "fake_arm.py"),
+                       "--spread", str(args.spread)]
+            command += ["--log", str(args.wire_log)] if args.wire_log else []
+            fake = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    start_new_session=True)         # Ctrl-C is for this process alone
+            ports = json.loads(fake.stdout.readline() or "{}")
+            if not ports:
+                raise InputError("the rehearsal (tests/fake_arm.py) did not start, see above")
+            address, world = f"127.0.0.1:{ports['port']}", World(ports["port"])
+            args.cameras = args.cameras or [f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in CAMERAS]
+        elif need_cameras and not args.cameras:
+            raise InputError("--cameras is needed: --cameras front=0 side=2 (ls /dev/v4l/by-id)")
+        arm = RealmanArm(address, move=args.arm == "sim" or args.move)
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), functools.partial(on_signal, arm))
+        cameras = open_cameras(args.cameras or [])
+        print("\n".join(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}" for what, found, right
+                        in arm.checks()))
+        for camera in cameras.values():
+            height, width = camera.picture.shape[:2]
+            print(f"ok     camera           {camera.name}: {camera.source}, {width} x {height}"
+                  + f"; settings not taken: {camera.settings}" * bool(camera.settings))
+        if not arm.move:
+            print("DRY RUN: all is read and computed, nothing is sent that moves; --move moves the arm")
+        keys = Keys(arm)
+        yield argparse.Namespace(arm=arm, cameras=cameras, keys=keys, world=world, who=world or Person(keys))
+    except ArmStopped as stopped:
+        raise InputError(f"the arm was stopped: {stopped}. Look at it before you start again; finished "
+                         "episodes are kept, --resume goes on with the others") from stopped
+    finally:
+        if arm:
+            arm.close()
+        for camera in cameras.values():
+            camera.close()
+        if keys:
+            keys.close()
+        if fake:
+            fake.stdin.close()
+            fake.kill()
+            fake.wait()
+
+
+def on_signal(arm, number, _):
+    """The first signal stops the arm slowly and lets the script end by itself, a second one stops it hard."""
+    again = arm.stopped
+    arm.stop(f"signal {signal.Signals(number).name}", fast=bool(again))
+    if again or not arm.armed:
+        raise KeyboardInterrupt
+
+
+def consent(args):
+    """A person at a terminal types the word, or nothing moves."""
+    if not sys.stdin.isatty():
+        raise InputError("--move asks for a word to be typed at a terminal; stdin is none: without --move "
+                         "this is a dry run, --arm sim moves the twin")
+    box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("xyz", *WORKSPACE))
+    print(f"The arm at {args.arm} is going to move: first home, then {args.what}.\n"
+          f"  box    {box} m from its base\n"
+          f"  speed  tool {MAX_STEP * CONTROL_HZ:.1f} m/s, joints "
+          f"{np.degrees(MAX_JOINT_STEP) * CONTROL_HZ:.0f} degrees/s at most; way home "
+          f"{np.degrees(HOME_SPEED):.0f} degrees/s\n"
+          "Nobody within reach, the emergency stop in your hand: it is the safety device, this is a program.")
+    if input("type MOVE: ").strip() != "MOVE":
+        raise InputError("not confirmed: nothing was sent")
+
+
+def choose_tasks(text):
+    names = text.split(",") if text else list(TASKS)
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"there is no task {name!r}, but {', '.join(TASKS)}")
+    return names
+
+
+# ---- check, replay, record, rollout ----------------------------------------------------------------------
+
+def check_arm(args):
+    """Reads everything, moves nothing."""
+    args.move = False
+    with station(args) as s:
+        wrong = [what for what, _, right in s.arm.checks() if not right]
+        ages = []
+        for _ in range(100):
+            time.sleep(0.01)
+            ages.append(time.monotonic() - s.arm.state[0])
+        print(f"state        {1000 * np.median(ages):.1f} ms old at the median, {1000 * max(ages):.1f} at "
+              "most")
+        import cv2
+        if s.cameras:
+            height = min(c.picture.shape[0] for c in s.cameras.values())
+            pictures = [cv2.resize(p, (round(p.shape[1] * height / p.shape[0]), height))
+                        for p in (camera.picture for camera in s.cameras.values())]
+            write_atomically(args.out, cv2.imencode(".png", np.concatenate(pictures, axis=1))[1].tobytes())
+            print(f"cameras      {args.out}: look at it")
+    if wrong:
+        raise InputError(f"not ready: {', '.join(wrong)}, see above")
+
+
+def must_be_ready(arm):
+    wrong = [f"{what} is {found}" for what, found, right in arm.checks() if not right]
+    if wrong and arm.move:
+        raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Mend it with the vendor's page or "
+                         "pendant; python robot.py check shows all")
+
+
+def replay(args):
+    """The actions of a recorded demonstration, each in 1 / speed parts."""
+    from prepare_data import open_shard, read_manifest
+    attrs, shards, _ = read_manifest(args.data)
+    if not attrs["action"] or attrs["action"]["units"] != ["m"] * 3 + ["rad"] * 3 + ["1"]:
+        raise InputError(f"{args.data} has no actions in metres and radians of this arm: replay takes data "
+                         "of `robot.py record` or `prepare_data.py sim`")
+    number = args.episode
+    for shard in shards:
+        if number < shard["episodes"]:
+            break
+        number -= shard["episodes"]
+    else:
+        raise InputError(f"{args.data} has {attrs['counts']['episodes']} episodes, --episode {args.episode}")
+    with open_shard(Path(args.data, shard["file"])) as f:
+        first, end = f["episode_start"][number:number + 2]
+        actions, proprio = f["actions"][first:end - 1], f["proprio"][first:end]
+        name, text = f["name"].asstr()[number], json.loads(f["instruction"].asstr()[number])[0]
+    task = next((k for k, t in TASKS.items() if t.instruction == text), None)
+    if task is None:
+        raise InputError(f"{name}: {text!r} is none of this table's tasks")
+    start = int(name.rsplit("-", 1)[-1]) if name.rsplit("-", 1)[-1].isdigit() else 0
+    parts = max(1, round(1 / args.speed))
+    args.what = f"{name} of {args.data} ({text}) at 1/{parts} of its speed"
+    with station(args, need_cameras=False) as s:
+        must_be_ready(s.arm)
+        env, errors = ArmEnv(s.arm, s.cameras, 64, s.who), []
+        env.judged = False
+        env.reset(task, start)
+        print(f"{args.what}: {len(actions) * parts / CONTROL_HZ:.0f} s")
+        begin = proprio[0, :3] - s.arm.proprio()[:3]        # the recording did not start quite at home
+        for _ in range(max(1, int(np.abs(begin).max() / 0.004))):
+            env.step(np.array([*begin / max(1, int(np.abs(begin).max() / 0.004)), 0, 0, 0, 1]), look=False)
+        for action, aim in zip(actions, proprio[1:]):
+            for _ in range(parts):
+                env.step(np.append(action[:6] / parts, action[6]), look=False)
+            errors.append(np.linalg.norm(s.arm.proprio()[:3] - aim[:3]))
+        print(f"distance from the recorded tool: median {1000 * np.median(errors):.1f}, at most "
+              f"{1000 * max(errors):.1f} mm; success {s.world.judge() if s.world else 'for you to see'}")
+        print(f"timing       {env.timing()}")
+
+
+def record(args):
+    """Teleoperated demonstrations, written as a dataset that finetune.py reads, one shard per episode."""
+    from models import TextEncoder
+    from prepare_data import FORMAT_VERSION, TWIN, check_episode, claim_output, finish, write_shard
+    tasks = choose_tasks(args.tasks)
+    operator = args.operator or ("expert" if args.arm == "sim" else None)
+    if operator is None or operator == "expert" and args.arm != "sim":
+        raise InputError("--operator keyboard or quest records on an arm; expert is for --arm sim")
+    if operator == "keyboard" and not sys.stdin.isatty():
+        raise InputError("--operator keyboard needs a terminal")
+    names = [f"{task}-{number:05d}" for number in range(args.episodes) for task in tasks]
+    claim_output(args.out, {"source": "realman", **{key: vars(args)[key] for key in (
+        "arm", "image_size", "resize", "text_encoder", "seed", "spread", "tasks")}}, "never complete", args)
+    encoder = TextEncoder(args.text_encoder)
+    args.what = f"where the operator ({operator}) leads it"
+    with station(args) as s:
+        must_be_ready(s.arm)
+        info = {what: found for what, found, _ in s.arm.checks()
+                if what in ("model", "firmware", "collision stage")}
+        about = {"format_version": FORMAT_VERSION, "source": "realman", "image_size": args.image_size,
+                 "resize": args.resize, "flip": "none", **TWIN, "cameras": list(s.cameras),
+                 "text_encoder": encoder.name, "text_dim": encoder.dim,
+                 "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]",
+                 "extra": {"arm": args.arm, "operator": operator, "spread": args.spread, "hz": CONTROL_HZ,
+                           "workspace": WORKSPACE.tolist(), "tool_m": TOOL, "dh": DH.tolist(),
+                           "max_step": [MAX_STEP, MAX_TURN], "cameras": args.cameras, **info}}
+        with open(Path(args.out, "commands.jsonl"), "w" if args.overwrite else "a") as journal:
+            env = ArmEnv(s.arm, s.cameras, args.image_size, s.who, journal, args.resize)
+            env.judged = False
+            preview = Preview(Path(args.out, "preview.png")) if operator != "expert" else None
+            hand = {"expert": lambda start: ScriptedTeleop(s.world, s.arm.gate, start),
+                    "keyboard": lambda start, one=KeyboardTeleop(s.keys): one,
+                    "quest": lambda start, one=operator == "quest" and QuestTeleop(): one}[operator]
+            discarded = 0
+            for i, name in enumerate(names):
+                path, task = Path(args.out, f"{i:05d}.h5"), name.rsplit("-", 1)[0]
+                for attempt in itertools.count() if not path.exists() else ():
+                    start = args.seed + 10 * (i // len(tasks)) + attempt
+                    episode = record_episode(env, hand, task, start, preview)
+                    if not s.arm.move:
+                        return print("dry run: that was one episode of an arm that stood still; not kept")
+                    episode = episode and check_episode({"name": f"{task}-{start:05d}", **episode}, about)
+                    if isinstance(episode, dict):
+                        break
+                    discarded += 1
+                    print(f"{name}: discarded, once more {episode or ''}", flush=True)
+                else:                           # it is here from an earlier run
+                    continue
+                write_shard(path, about, [episode], [], encoder)
+                print(f"{name}: {len(episode['actions'])} steps, kept", flush=True)
+                paths = sorted(str(p) for p in Path(args.out).glob("[0-9]*.h5"))
+                finish(args.out, about, paths, len(paths))      # a dataset after every episode
+        print(f"timing       {env.timing()}\ndiscarded    {discarded}\n"
+              f"next         python finetune.py --data {args.out}")
+
+
+def record_episode(env, hand, task, start, preview=None):
+    """One demonstration -> as check_episode takes it, or None: it was discarded.
+
+    Steps in which the hand does not hold the arm and the gripper has been still for half a second are left
+    out; `extra` has the time of every frame, so a gap shows.
+    """
+    from prepare_data import encode_frame
+    obs = env.reset(task, start)
+    hand, clutch, kept, quiet, gripper = hand(start), Clutch(), [], 0, 1.0
+    while True:
+        reading = hand.read()
+        if reading.button == "discard":
+            return None
+        if reading.button == "save" and kept:
+            break
+        action, holds = clutch.action(reading, env.arm.gate)
+        quiet = 0 if holds or reading.gripper != gripper else quiet + 1
+        gripper = reading.gripper
+        row = (obs, time.monotonic(), dict(env.times), env.arm.joints)
+        obs = env.step(action)[0]
+        if quiet < CONTROL_HZ // 2 and (kept or holds):
+            kept.append((*row, action, env.executed))
+        if preview:
+            preview.show(env, f"{env.instruction} | {len(kept)} steps | {'held' if holds else 'free'}")
+    looks = [row[0] for row in kept] + [obs]
+    times = [row[1] for row in kept] + [time.monotonic()]
+    return {"images": {c: [encode_frame(np.ascontiguousarray(o["images"][c][..., ::-1])) for o in looks]
+                       for c in env.views},
+            "instructions": [env.instruction], "fps": CONTROL_HZ, "actions": [row[5] for row in kept],
+            "proprio": [o["proprio"] for o in looks],
+            "extra": {"time": np.array(times),
+                      "joints": np.array([row[3] for row in kept] + [env.arm.joints]),
+                      "commanded": np.array([row[4] for row in kept] + [kept[-1][4]], np.float32),
+                      **{f"image_time_{c}": np.array([row[2][c] for row in kept] + [env.times[c]])
+                         for c in env.views}}}
+
+
+def rollout(args):
+    """Finetuned policies on the arm, in interleaved order: the paper's Table II."""
+    import torch
+
+    import evaluate
+    torch.set_num_threads(1)
+    tasks, origin = choose_tasks(args.tasks), provenance()
+    names = [args.checkpoint, *[args.compare] * bool(args.compare)]
+    policies = {arm.key: arm for arm in (evaluate.make_arm(name, 1, args.device) for name in names)}
+    if len(policies) < len(names):
+        raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}")
+    first = next(iter(policies.values()))
+    starts = range(EVAL_SEED0 + args.seed, EVAL_SEED0 + args.seed + args.episodes)
+    bench = evaluate.Benchmark(
+        make=None, tasks={k: evaluate.Task((TASKS[k].instruction,), TASKS[k].max_steps) for k in tasks},
+        cameras=tuple(text.split("=")[0] for text in args.cameras or []) or tuple(CAMERAS),
+        proprio_dim=PROPRIO_DIM, still=np.array([0, 0, 0, 0, 0, 0, 1.0]), low=None, high=None, starts=starts,
+        episodes={}, hz=CONTROL_HZ, about={})
+    for one in policies.values():
+        if not one.policy:
+            raise InputError(f"{one.label} is no checkpoint: rollout takes those of finetune.py")
+        evaluate.check_arm(one, bench, "the arm")
+        one.learn(bench)
+        warm_up(one, bench)
+    resize = first.data.get("resize", "squash")
+    settings = {"env": "arm", "arm": args.arm, "execute": args.execute, "decay": args.decay,
+                "seed": args.seed, "spread": args.spread if args.arm == "sim" else None}
+    out = Path(args.out or Path(args.checkpoint).parent / "rollout_arm")
+    done = evaluate.open_results(out, args, settings, list(policies))
+    # A B, then B A, and so on: what drifts over an afternoon (light, table, person) hits both alike
+    jobs = [(key, task, start) for start in starts for task in tasks
+            for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])
+            if (key, task, start) not in done]
+    args.what = f"{len(jobs)} episodes under {' and '.join(names)}"
+    with station(args) as s, open(out / "commands.jsonl", "w" if args.overwrite else "a") as journal:
+        must_be_ready(s.arm)
+        env = ArmEnv(s.arm, s.cameras, first.policy.config["image_size"], s.who, journal,
+                     resize if resize in ("squash", "crop") else "squash")
+        for key, task, start in jobs:
+            one = policies[key]
+            chunker = evaluate.ActionChunker(one.policy.chunk, evaluate.executed(args, one.policy),
+                                             args.decay)
+            rng = np.random.default_rng([args.seed, start, tasks.index(task), 8])
+            film = evaluate.Film(env, env.cameras, CONTROL_HZ) if start in starts[:args.video] else None
+            line, clock = {"arm": key, "task": task, "start": start, "success": False, "aborted": None}, None
+
+            def ask(obs):
+                noise = rng.standard_normal((one.policy.chunk, ACTION_DIM), np.float32)
+                return one.chunks([(task, {**obs, "noise": noise})])[0]
+
+            try:
+                line["success"], _ = evaluate.rollout(env, ask, chunker, task, start, film=film)
+            except (EpisodeAborted, ArmStopped) as e:       # a failure, whatever the table looks like
+                line["aborted"], clock = str(e), e
+            line |= {"steps": env.steps, "seconds": round(time.monotonic() - env.begun, 3), "actions": "",
+                     "missed": env.missed, "settings": settings, "commit": origin["commit"],
+                     "machine": origin["machine"]}
+            s.arm.rest()
+            if not s.arm.move:
+                return print(f"dry run: {env.steps} steps of {one.label} with an arm that stood still; the "
+                             f"targets are in {out}/commands.jsonl\ntiming       {env.timing()}")
+            evaluate.append_line(out / "episodes.jsonl", line)
+            done[key, task, start] = line
+            if film:
+                film.write(out / "videos", f"{task}_{start}", TASKS[task].instruction, line["success"])
+            print(f"{len(done):4d}/{len(tasks) * len(starts) * len(policies)} {one.label} {task} #{start}: "
+                  f"{'success' if line['success'] else 'failure'}, {env.steps} steps in "
+                  f"{line['seconds']:.2f} s"
+                  + f"; aborted: {line['aborted']}" * bool(line["aborted"]), flush=True)
+            if isinstance(clock, ArmStopped):
+                raise clock
+        timing = env.timing()
+    arms = {key: evaluate.summarise(one, tasks, list(starts), done) for key, one in policies.items()}
+    results = {"settings": settings, "tasks": [len(tasks), len(TASKS)], "arms": arms, "timing": timing,
+               "aborted": sum(bool(line["aborted"]) for line in done.values()), "provenance": origin}
+    print(f"\n{evaluate.table(arms)}\n\ntiming       {timing}")
+    seconds, steps = (sum(line[k] for line in done.values()) for k in ("seconds", "steps"))
+    print(f"rate         {steps} steps in {seconds:.1f} s: {steps / seconds:.2f} Hz of {CONTROL_HZ}")
+    if args.compare:
+        ours, other = ([done[key, t, n]["success"] for t in tasks for n in starts] for key in policies)
+        results["comparison"] = {"other": args.compare} | evaluate.mcnemar(ours, other)
+        evaluate.print_comparison(args, results["comparison"])
+    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(f"wrote        {out}/results.json, episodes.jsonl, commands.jsonl")
+
+
+def warm_up(one, bench):
+    """The first look takes far longer than the others: not on the arm's time."""
+    size = one.policy.config["image_size"]
+    obs = {"images": {c: np.zeros((size, size, 3), np.uint8) for c in one.policy.cameras},
+           "proprio": np.zeros(PROPRIO_DIM, np.float32),
+           "noise": np.zeros((one.policy.chunk, ACTION_DIM), np.float32)}
+    for _ in range(3):
+        one.chunks([(next(iter(bench.tasks)), obs)])
+    begun = time.monotonic()
+    one.chunks([(next(iter(bench.tasks)), obs)])
+    seconds = time.monotonic() - begun
+    print(f"policy       {one.label}: {1000 * seconds:.1f} ms per look")
+    if seconds > 0.8 / CONTROL_HZ:
+        print(f"note         that leaves little of the {1000 / CONTROL_HZ:.0f} ms of a control step: "
+              "--execute 8 asks every eighth step, --device cuda is faster")
+
 # ---- command line ----
 
 def expert_episode(env, task, seed):
@@ -759,7 +2135,7 @@ def positive(text):
     return number
 
 
-def main(argv=None):
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -788,9 +2164,60 @@ def main(argv=None):
                        help="pictures per episode and camera (default: 3)")
     sheet.set_defaults(run=contact_sheet)
 
-    args = parser.parse_args(argv)
+    real = argparse.ArgumentParser(add_help=False)
+    group = real.add_argument_group("the arm")
+    group.add_argument("--arm", default="sim", metavar="IP|sim", help="its address, 192.168.1.18 as "
+                       "delivered; sim = the vendor's library, a controller that is not there and the twin, "
+                       "in real time (default: %(default)s)")
+    group.add_argument("--move", action="store_true", help="move the arm, after a word typed at the "
+                       "terminal; without it nothing is sent that moves")
+    group.add_argument("--cameras", nargs="+", metavar="NAME=SOURCE", help="in the order of training, the "
+                       "main one first; SOURCE: number, /dev/v4l/by-id/..., video file, URL, rs:SERIAL "
+                       "(sim: the twin's)")
+    group.add_argument("--spread", type=float, default=0.5, metavar="0..1", help="sim: size of the start "
+                       "regions (default: %(default)s)")
+    group.add_argument("--wire-log", type=Path, metavar="FILE", help="sim: write what came over the wire")
+    some = argparse.ArgumentParser(add_help=False)
+    group = some.add_argument_group("episodes")
+    group.add_argument("--tasks", help="comma-separated (default: all five)")
+    group.add_argument("--episodes", type=positive, default=10, metavar="N", help="per task (default: 10)")
+    group.add_argument("--seed", type=int, default=0, help="sim: first start (default: 0)")
+    group.add_argument("--resume", action="store_true", help="keep the episodes that stand in OUT")
+    group.add_argument("--overwrite", action="store_true", help="throw away what stands in OUT")
+
+    check = commands.add_parser("check", parents=[real], help="read all, move nothing; picture the cameras")
+    check.add_argument("--out", type=Path, default=Path("check.png"), help="picture (default: %(default)s)")
+    check.set_defaults(run=check_arm)
+    again = commands.add_parser("replay", parents=[real], help="a recorded demonstration, slowly")
+    again.add_argument("--data", default="data/arm", help="dataset (default: %(default)s)")
+    again.add_argument("--episode", type=int, default=0, metavar="N", help="number in it (default: 0)")
+    again.add_argument("--speed", type=float, default=0.25, help="share of its speed (default: %(default)s)")
+    again.set_defaults(run=replay)
+    demos = commands.add_parser("record", parents=[real, some], help="teleoperated demonstrations -> data")
+    demos.add_argument("--operator", choices=("keyboard", "quest", "expert"), help="sim: expert, scripted")
+    demos.add_argument("--out", default="data/arm", help="dataset (default: %(default)s)")
+    demos.add_argument("--image-size", type=positive, default=64, help="pixels; paper: 128 (default: 64)")
+    demos.add_argument("--resize", choices=("squash", "crop"), default="squash", help="see prepare_data.py")
+    demos.add_argument("--text-encoder", default="hash", metavar="hash|minilm|clip", help="default: hash")
+    demos.set_defaults(run=record)
+    roll = commands.add_parser("rollout", parents=[real, some], help="finetuned policies: success per task")
+    roll.add_argument("--checkpoint", default="runs/finetune/last.pt", help="default: %(default)s")
+    roll.add_argument("--compare", metavar="PATH", help="a second checkpoint, in turns with the first")
+    roll.add_argument("--execute", type=int, metavar="H", help="see evaluate.py")
+    roll.add_argument("--decay", type=float, default=0.01, help="see evaluate.py")
+    roll.add_argument("--device", default="cpu", help="of the policy (default: %(default)s)")
+    roll.add_argument("--video", type=int, default=0, metavar="N", help="film the first N starts")
+    roll.add_argument("--out", help="default: rollout_arm beside the checkpoint")
+    roll.set_defaults(run=rollout)
+
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
     args.run(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    import robot        # evaluate.py and prepare_data.py import it by that name: one module, not two
+    run(robot.main)

@@ -11,6 +11,7 @@ import evaluate
 import finetune
 import prepare_data
 import pretrain
+import robot
 from conftest import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,8 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
 PARSERS = {"prepare_data.py": lambda argv: prepare_data.build_parser("--smoke" in argv).parse_args(argv),
            "pretrain.py": pretrain.arguments, "finetune.py": finetune.arguments,
-           "evaluate.py": evaluate.arguments, "cca.py": cca.arguments}
+           "evaluate.py": evaluate.arguments, "cca.py": cca.arguments,
+           "robot.py": lambda argv: robot.build_parser().parse_args(argv)}
 
 
 def commands(text):

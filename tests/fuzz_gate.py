@@ -1,0 +1,116 @@
+"""Random, extreme and adversarial actions through the safety gate and the vendor's library to the wire.
+
+    python tests/fuzz_gate.py 100000        # 9 min
+
+A fake controller logs every message. What is checked is that log, by the forward kinematics alone: nothing
+that the gate believes is used. The joints' frames are sent as fast as they can be; each stands for 10 ms.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from robot import RealmanArm, Refused, tool_pose  # noqa: E402
+
+# What is promised, written out once more: degrees, degrees per frame of 10 ms, metres
+JOINTS = np.array([175, 127, 132, 175, 125, 357])
+STEP = 90 * 0.01
+BOX = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])
+BOX_TOLERANCE = 0.0015          # of a straight line in joints between two points of the box
+TOOL_STEP = 0.021 / 5           # m: 2 cm in 5 frames, and what a straight line in joints adds
+
+
+def stories(rng):
+    """Yields (action, measured offset in rad): everything a broken policy could say, and then some."""
+    limit = np.array([.02] * 3 + [.1] * 3)
+    bad = [None, "left", [], np.zeros(6), np.zeros(8), np.full(7, np.nan), np.full(7, np.inf), {"x": 1},
+           np.array([0, 0, -np.inf, 0, 0, 0, 1]), np.full(7, 1e308), np.full((7, 7), 0.01), b"1234567"]
+    while True:
+        kind, length = rng.integers(8), int(rng.integers(1, 60))
+        push = rng.choice([-1, 0, 1], 7) * np.append(limit, 1)
+        for i in range(length):
+            offset = rng.normal(0, 0.02, 6) * (rng.random() < 0.2)
+            if kind == 0:
+                action = np.append(rng.uniform(-limit, limit), rng.random())
+            elif kind == 1:
+                action = rng.normal(0, 1, 7) * np.append(3 * limit, 1)
+            elif kind == 2:
+                action = push                                               # into a corner, with a spin
+            elif kind == 3:
+                action = bad[rng.integers(len(bad))]
+            elif kind == 4:
+                action = push * (1 if i % 2 else -1) * 9.9                  # to and fro, the largest clamped
+            elif kind == 5:
+                action = np.append(np.zeros(3), rng.choice([-1, 1], 3) * 0.1).tolist() + [1]
+            elif kind == 6:
+                action = 10.0 ** rng.uniform(-320, 300, 7) * rng.choice([-1, 1], 7)
+            else:
+                action = push + rng.normal(0, 1e-3, 7)
+            yield action, offset
+
+
+def check(messages):
+    """Every message of the log -> what was seen; AssertionError with the message that breaks a promise."""
+    frames = np.array([m["joint"] for m in messages if m["command"] == "movej_canfd"]) / 1000  # (F, 6) deg
+    allowed = {"movej_canfd", "set_arm_slow_stop", "set_arm_stop", "set_gripper_pick",
+               "set_gripper_release", "set_collision_stage", "set_realtime_push"}
+    others = {m["command"] for m in messages} - allowed
+    assert all(name.startswith("get_") for name in others), f"other commands on the wire: {others}"
+    beyond = (np.abs(frames) > JOINTS + 2e-3).any(1)
+    assert not beyond.any(), f"joint limit: {frames[beyond][0]}"
+    steps = np.abs(np.diff(frames, axis=0)).max(1)
+    assert steps.max() <= STEP + 2e-3, f"{steps.max()} degrees in one frame, number {steps.argmax()}"
+    tools = np.array([tool_pose(np.radians(q))[0] for q in frames])
+    outside = np.maximum(BOX[0] - tools, tools - BOX[1]).max(1)
+    assert outside.max() <= BOX_TOLERANCE, f"{outside.max()} m outside the box: {tools[outside.argmax()]}"
+    speed = np.linalg.norm(np.diff(tools, axis=0), axis=1)
+    assert speed.max() <= TOOL_STEP, f"the tool moves {speed.max()} m in one frame"
+    return {"frames": len(frames), "largest_joint_deg": np.abs(frames).max(0).round(1).tolist(),
+            "largest_step_deg": float(steps.max().round(4)),
+            "outside_mm": float((1000 * outside.max()).round(3)),
+            "largest_tool_step_mm": float((1000 * speed.max()).round(2)),
+            "reached_m": [tools.min(0).round(3).tolist(), tools.max(0).round(3).tolist()]}
+
+
+def main(count=100_000, seed=0):
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "wire.jsonl")
+        fake = subprocess.Popen([sys.executable, ROOT / "tests" / "fake_arm.py", "--plant", "ideal", "--log",
+                                 log], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            ports = json.loads(fake.stdout.readline())
+            arm = RealmanArm(f"127.0.0.1:{ports['port']}", move=True)
+            rng, begun = np.random.default_rng(seed), time.monotonic()
+            arm.gate.hold(arm.joints)
+            arm.segment = (arm.gate.q, arm.gate.q, 0.0)
+            for number, (action, offset) in zip(range(count), stories(rng)):
+                try:
+                    with np.errstate(all="ignore"):
+                        q, _ = arm.gate(action, arm.gate.q + offset)
+                except Refused:
+                    q = arm.gate.q
+                arm.segment = (arm.segment[1], q, 0.0)
+                for frame in range(1, 6):
+                    arm.send(arm.between(frame / 100))
+            seconds = time.monotonic() - begun
+            time.sleep(0.5)
+            arm.close()
+        finally:
+            fake.kill()
+            fake.wait()
+        rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    result = {"actions": count, "seconds": round(seconds, 1), "refused": dict(arm.gate.refusals),
+              "shortened": int(arm.gate.clamped), **check([row["m"] for row in rows if "m" in row])}
+    assert result["frames"] == 5 * count, f"{result['frames']} frames on the wire for {count} actions"
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)
