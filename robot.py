@@ -39,7 +39,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -859,22 +858,24 @@ class Gate:
 
 
 def path_home(q):
-    """Joints from q (6,) rad to HOME at HOME_SPEED, one row per control step: straight up first, then in the
-    joints. InputError if that way is not free: then a person has to bring the arm near its home."""
-    gate, path, target = Gate(), [], HOME.copy()
+    """Joints from q (6,) rad to HOME at HOME_SPEED, one row per control step: the tool straight up first, as
+    it is, then in the joints. InputError if that way is not free: a person has to bring the arm near home."""
+    gate, path, largest = Gate(), [], HOME_SPEED / CONTROL_HZ
     gate.hold(q)
     try:
-        while gate.position[2] < HOME[2] - 0.003 and gate.turn[2, 2] < -np.cos(MAX_TILT):
-            path.append(gate(np.array([0, 0, 0.003, 0, 0, 0, 1]), gate.q)[0])
-            if len(path) > 200:
-                raise Refused("no way up")
-        goal, residual = inverse_kinematics(target, TOOL_DOWN, HOME_JOINTS)
-        assert residual < 1e-6
-        gate.hold(gate.q)
+        position, turn = gate.position.copy(), gate.turn
+        while position[2] < HOME[2] - 0.002:
+            position[2] += 0.002
+            up, residual = inverse_kinematics(position, turn, gate.q)
+            if residual > 1e-6 or np.abs(up - gate.q).max() > largest:
+                raise Refused("from there the tool cannot be lifted straight up")
+            path.append(gate.admit(up, ABOVE))
+        goal, residual = inverse_kinematics(HOME, TOOL_DOWN, HOME_JOINTS)
+        if residual > 1e-6:
+            raise Refused(f"HOME, {HOME.tolist()} m, is out of reach")
         while np.abs(goal - gate.q).max() > 1e-9:
             step = goal - gate.q
-            step *= min(1, HOME_SPEED / CONTROL_HZ / np.abs(step).max())
-            path.append(gate.admit(gate.q + step, ABOVE))
+            path.append(gate.admit(gate.q + step * min(1, largest / np.abs(step).max()), ABOVE))
     except Refused as refused:
         raise InputError(f"the way home is not free ({refused}): bring the tool by hand or with the pendant "
                          f"near x {HOME[0]}, y {HOME[1]}, z {HOME[2]} m, pointing down") from None
@@ -890,11 +891,21 @@ class ArmStopped(Exception):
 def within(seconds, call, *args):
     """call(*args), but never longer: some calls of the vendor's library do not return. ArmStopped."""
     answer = queue.Queue()
-    threading.Thread(target=lambda: answer.put(call(*args)), daemon=True).start()
+
+    def work():
+        try:
+            answer.put((call(*args), None))
+        except (AttributeError, TypeError, ValueError, LookupError, OSError, ctypes.ArgumentError) as e:
+            answer.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        return answer.get(timeout=seconds)
+        result, error = answer.get(timeout=seconds)
     except queue.Empty:
         raise ArmStopped(f"{call.__name__} did not return within {seconds} s") from None
+    if error:
+        raise ArmStopped(f"{call.__name__}: {type(error).__name__}: {error}") from error
+    return result
 
 
 def import_sdk():
@@ -928,15 +939,21 @@ class RealmanArm:
     def __init__(self, address, move):
         """address "IP" or "IP:PORT"; move False: all is read and computed, nothing is sent that moves."""
         host, _, port = address.partition(":")
-        self.host, self.port, self.move = host, int(port or 8080), move
+        if not (port or "8080").isdigit():
+            raise InputError(f"--arm takes IP or IP:PORT, got {address!r}")
+        try:
+            self.host, self.port, self.move = socket.gethostbyname(host), int(port or 8080), move
+        except OSError as e:
+            raise InputError(f"--arm {host!r} is no address ({e}): the vendor's is 192.168.1.18") from e
         self.gate, self.stopped, self.stop_sent, self.watch = Gate(), None, None, []
         self.state, self.opening, self.grip, self.grip_sent = None, None, None, None
         self.armed = self.closing = False
         self.command_at = self.lag_since = None
-        self.frames = self.overruns = 0
+        self.aim = self.sent = None                 # joints (6,) rad: where to, and what was sent last
+        self.aim_at = 0.0                           # when it is to be there
+        self.frames = self.overruns = self.limited = 0
         self.last_frame, self.returned = None, 0
-        self.wire = threading.Lock()
-        self.threads = []
+        self.wire, self.threads, self.stopping = threading.Lock(), [], None
         self._lock_arm()
         connected = False
         try:
@@ -950,7 +967,7 @@ class RealmanArm:
 
     def _lock_arm(self):
         """One process per arm on this machine."""
-        path = Path(tempfile.gettempdir()) / f"realman-{self.host}-{self.port}.lock"
+        path = Path("/tmp") / f"realman-{self.host}-{self.port}.lock"
         self.arm, self.lock = None, open(path, "a+")
         try:
             import fcntl
@@ -968,7 +985,7 @@ class RealmanArm:
     def _connect(self):
         try:
             with socket.create_connection((self.host, self.port), timeout=2) as s:
-                here = s.getsockname()[0]
+                here, self.peer = s.getsockname()[0], s.getpeername()[0]
         except OSError as e:
             raise InputError(f"no controller at {self.host}:{self.port} ({e}): is it on, and this machine in "
                              "its network? The vendor's default address is 192.168.1.18") from e
@@ -989,7 +1006,11 @@ class RealmanArm:
 
     def _listen(self, sdk, here):
         """The controller is told to send its state here; it keeps that setting."""
-        _, config = within(1, self.arm.rm_get_realtime_push)
+        code, config = within(1, self.arm.rm_get_realtime_push)
+        if code or config["port"] < 1 or not self.move:     # after a failure the numbers are all zero
+            raise InputError(f"the controller does not send its state to this machine, {here} (its setting: "
+                             f"{config if not code else f'no answer, code {code}'}): with --move it is told "
+                             "to, or set the UDP push on the vendor's page")
         config = sdk.rm_realtime_push_config_t(1, True, config["port"], 0, here, sdk.rm_udp_custom_config_t(
             joint_speed=1, arm_current_status=1))
         if within(1, self.arm.rm_set_realtime_push, config) or not self._wait_for_state(1.0):
@@ -1003,8 +1024,8 @@ class RealmanArm:
         return self.state is not None
 
     def _receive(self, s):
-        """Called by the library's own thread for every state that the controller sends."""
-        if s.errCode == 0:
+        """Called by the library's own thread for every state that anybody sends to its port."""
+        if s.errCode == 0 and s.arm_ip.decode() == self.peer:
             self.state = (time.monotonic(), np.radians(s.joint_status.joint_position[:6]),
                           [int(s.err.err[i]) for i in range(s.err.err_len)])
 
@@ -1074,11 +1095,18 @@ class RealmanArm:
     # -- commands --
 
     def arm_motors(self):
-        """From here on frames are sent and the watchdog watches; the target is where the arm stands."""
+        """From here on frames are sent and the watchdog watches; the target is where the arm stands, or, if
+        it is armed already, where it was sent."""
         self.check()
-        self.gate.hold(self.joints)
-        self.segment = (self.gate.q, self.gate.q, time.monotonic())
-        self.command_at = self.lag_since = None
+        if not self.armed:
+            code, degrees = within(1, self.arm.rm_get_joint_degree)
+            if code or np.abs(np.radians(degrees[:6]) - self.joints).max() > np.radians(1):
+                self.stop(f"state: asked, the controller says joints {degrees} (code {code}), pushed, it "
+                          f"says {np.degrees(self.joints).round(2).tolist()}")
+                self.check()
+            self.sent = self.joints
+        self.gate.hold(self.sent)
+        self.aim, self.command_at, self.lag_since = self.gate.q, None, None
         self.last_frame = time.monotonic()
         self.armed = True
 
@@ -1087,9 +1115,13 @@ class RealmanArm:
         self.command_at = None
 
     def act(self, action):
-        """One action (7,) of a control step. -> what is executed of it (7,). Refused, ArmStopped."""
+        """One action (7,) of a control step. -> what is executed of it (7,). Refused, ArmStopped.
+
+        In a dry run the gate is told that the arm follows; else it would hold the targets near one place.
+        """
         self.check()
-        q, executed = self.gate(action, self.joints)
+        joints = self.joints
+        q, executed = self.gate(action, joints if self.move else self.gate.q)
         self.grip = executed[6]
         self._aim(q)
         return executed
@@ -1107,16 +1139,12 @@ class RealmanArm:
 
     def _aim(self, q):
         now = time.monotonic()
-        self.segment = (self.between(now), q, now)
-        self.command_at = now
-
-    def between(self, now):
-        """Joints (6,) on the way from the last target to the newest: straight, in one control step."""
-        start, end, begun = self.segment
-        return start + (end - start) * min(1.0, (now - begun) * CONTROL_HZ)
+        self.aim, self.aim_at, self.command_at = q, now + 1 / CONTROL_HZ, now
 
     def check(self):
-        """ArmStopped if the arm was stopped."""
+        """ArmStopped if the arm was stopped, or if nobody sends its targets any more."""
+        if self.armed and time.monotonic() - self.last_frame > self.OVERRUN:
+            self.stop(f"overrun: no frame for {time.monotonic() - self.last_frame:.2f} s")
         if self.stopped:
             raise ArmStopped(self.stopped)
 
@@ -1127,11 +1155,14 @@ class RealmanArm:
         if self.arm and self.armed and (fast or not self.stop_sent):
             self.stop_sent = time.monotonic()
             call = self.arm.rm_set_arm_stop if fast else self.arm.rm_set_arm_slow_stop
-            threading.Thread(target=self._send_stop, args=(call,), daemon=True).start()
+            self.stopping = threading.Thread(target=self._send_stop, args=(call,), daemon=True)
+            self.stopping.start()
 
     def _send_stop(self, call):
         got = self.wire.acquire(timeout=0.05)       # after the frame that may be on its way, not before it
         self.returned = call() if self.move else 0
+        if self.returned:                           # refused or unanswered: once more, hard
+            self.arm.rm_set_arm_stop()
         if got:
             self.wire.release()
 
@@ -1139,14 +1170,15 @@ class RealmanArm:
 
     def _frame_loop(self):
         due = time.monotonic()
-        while not self.closing:
-            due = max(due + FRAME, time.monotonic())
-            time.sleep(max(0.0, due - time.monotonic()))
-            if self.armed and not self.stopped:
-                try:
+        try:
+            while not self.closing:
+                due = max(due + FRAME, time.monotonic())
+                time.sleep(max(0.0, due - time.monotonic()))
+                if self.armed and not self.stopped:
                     self.frame(time.monotonic())
-                except (OSError, ValueError, TypeError, ArithmeticError, LookupError) as e:
-                    self.stop(f"driver: {type(e).__name__}: {e}")
+        finally:
+            if not self.closing:
+                self.stop("driver: the thread that sends the targets has died")
 
     def frame(self, now):
         """One frame: what the watchdog has to say, then the joints' target of this moment."""
@@ -1154,7 +1186,21 @@ class RealmanArm:
         if reason:
             return self.stop(reason)
         self.last_frame = now
-        self.send(self.between(now))
+        self.advance((self.aim_at - now) / FRAME)
+        if self.returned:
+            self.stop(f"controller: a target was not sent (code {self.returned})")
+
+    def advance(self, frames_left):
+        """Sends the next joints on the straight way to the aim, so as to be there in frames_left frames; but
+        however late a command or a frame is, no faster than MAX_JOINT_STEP and MAX_STEP per control step."""
+        step = (self.aim - self.sent) / max(frames_left, 1)
+        share = CONTROL_HZ * FRAME                      # of a control step is one frame
+        distance = np.linalg.norm(tool_pose(self.sent + step)[0] - tool_pose(self.sent)[0])
+        slower = min(1.0, share * MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12),
+                     share * MAX_STEP / max(distance, 1e-12))
+        self.limited += slower < 0.999
+        self.sent = self.sent + slower * step
+        self.send(self.sent)
 
     def send(self, q):
         """Joints (6,) rad to the wire, unless the arm was stopped. The library returns 0 even for what the
@@ -1178,7 +1224,7 @@ class RealmanArm:
         if now - self.last_frame > self.OVERRUN:
             return f"overrun: {now - self.last_frame:.2f} s between two frames"
         self.overruns += now - self.last_frame > 2.5 * FRAME
-        lag = np.abs(q - self.between(now)).max()
+        lag = np.abs(q - self.sent).max()
         if lag <= self.LAG or not self.move:
             self.lag_since = None
         elif self.lag_since is None:
@@ -1191,32 +1237,35 @@ class RealmanArm:
         """The gripper: its wanted side is sent when it changes, its opening is read 20 times a second. Calls
         that wait are here alone, so a slow answer delays no frame."""
         silent = 0
-        while not self.closing:
-            wanted = self.grip
-            if self.move and self.armed and not self.stopped and wanted != self.grip_sent:
-                # speed 500 of 1000; force 200 of 1000, which a paper cup survives; never blocking
-                code = (self.arm.rm_set_gripper_release(500, False, 1) if wanted > 0.5 else
-                        self.arm.rm_set_gripper_pick(500, 200, False, 1))
-                if code:
-                    self.stop(f"gripper: command refused or unanswered (code {code})")
-                self.grip_sent = wanted
-            code, answer = self.arm.rm_get_gripper_state()
-            silent = silent + 1 if code else 0
-            if not code:
-                self.opening = answer["actpos"] / 1000
-                if answer["error"] and self.armed:
-                    self.stop(f"gripper: error {answer['error']}")
-            elif silent > 3 and self.armed:
-                self.stop(f"gripper: no state (code {code})")
-            time.sleep(0.05)
+        try:
+            while not self.closing:
+                wanted = self.grip
+                if self.move and self.armed and not self.stopped and wanted not in (None, self.grip_sent):
+                    # speed 500 of 1000; force 200 of 1000, which a paper cup survives; never blocking
+                    code = (self.arm.rm_set_gripper_release(500, False, 1) if wanted > 0.5 else
+                            self.arm.rm_set_gripper_pick(500, 200, False, 1))
+                    if code:
+                        self.stop(f"gripper: command refused or unanswered (code {code})")
+                    self.grip_sent = wanted
+                code, answer = self.arm.rm_get_gripper_state()
+                silent = silent + 1 if code else 0
+                if not code:
+                    self.opening = answer["actpos"] / 1000
+                    if answer["error"] and self.armed:
+                        self.stop(f"gripper: error {answer['error']}")
+                elif silent > 3 and self.armed:
+                    self.stop(f"gripper: no state (code {code})")
+                time.sleep(0.05)
+        finally:
+            if not self.closing:
+                self.stop("driver: the gripper's thread has died")
 
     def close(self):
         """Stops what moves, ends the threads, lets the arm go. Cannot hang."""
+        self.closing = True
         if self.armed and not self.stopped:
             self.stop("end")
-            time.sleep(0.1)
-        self.closing = True
-        for thread in self.threads:
+        for thread in [*self.threads, *([self.stopping] if self.stopping else [])]:
             thread.join(1)
         if self.arm:
             with contextlib.suppress(ArmStopped):
@@ -1317,7 +1366,7 @@ class Camera:
                 time.sleep(0.05)
                 continue
             sample = picture[::4, ::4]
-            if np.ptp(sample) < 12:
+            if np.ptp(np.percentile(sample, (1, 99))) < 12:     # a lens cap has noise, and bright pixels
                 self.why = "dark: one colour all over"
             elif self.picture is not None and np.array_equal(sample, self.picture[::4, ::4]):
                 self.why = "frozen: the same picture again and again"
@@ -1364,14 +1413,15 @@ class Keys:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        while True:
-            key = os.read(sys.stdin.fileno(), 1).decode(errors="ignore")
-            if key == " ":
-                self.arm.stop("stopped by the space bar")
-            elif key:
-                self.pressed.put(key)
-            else:
-                return
+        try:
+            while key := os.read(sys.stdin.fileno(), 1):
+                if key == b" ":
+                    self.arm.stop("stopped by the space bar")
+                else:
+                    self.pressed.put(key.decode(errors="ignore"))
+        except OSError:
+            pass
+        self.arm.stop("the keyboard is gone, and the space bar with it")
 
     def get(self):
         """The next key, or None."""
@@ -1379,7 +1429,9 @@ class Keys:
             return self.pressed.get_nowait()
 
     def ask(self, question, answers):
-        """Wait for one of the keys in `answers`. ArmStopped."""
+        """Wait for one of the keys in `answers`. ArmStopped; InputError without a terminal."""
+        if not self.old:
+            raise InputError("a person at a terminal has to answer here, stdin is none (--arm sim: nobody)")
         print(question, end=" ", flush=True)
         while self.get():
             pass
@@ -1403,6 +1455,9 @@ class Person:
 
     def __init__(self, keys):
         self.keys = keys
+
+    def ready(self):
+        self.keys.ask("\nhold what the gripper holds, then Enter: it opens, and the arm goes home", "\n\r")
 
     def set_scene(self, task, start):
         self.keys.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then "
@@ -1428,6 +1483,9 @@ class World:
     def ask(self, command, **more):
         self.socket.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
         return json.loads(self.lines.readline())
+
+    def ready(self):
+        pass
 
     def set_scene(self, task, start):
         self.task_name, self.task = task, TASKS[task]
@@ -1478,18 +1536,28 @@ class ArmEnv:
         self.max_steps = None
 
     def reset(self, task, start):
-        """Home, gripper open, scene set by `who`. -> obs"""
-        arm = self.arm
+        """Gripper open, home, scene set by `who`, asked before the arm moves by itself again. -> obs"""
+        arm, self.begun, self.steps = self.arm, None, 0
+        arm.rest()
+        if arm.armed:
+            self.who.ready()
         arm.arm_motors()
         arm.grip = 1.0
-        for q in path_home(arm.joints) if arm.move else []:
-            arm.follow(q)
-            time.sleep(1 / CONTROL_HZ)
+        path = path_home(arm.gate.q)
+        try:
+            for q in path if arm.move else []:
+                arm.follow(q)
+                time.sleep(1 / CONTROL_HZ)
+        except Refused as refused:              # path_home asked the same gate
+            arm.stop(f"on the way home: {refused}")
+            arm.check()
+        if path and not arm.move:
+            arm.gate.hold(path[-1])
         arm.rest()
         self.who.set_scene(task, start)
         self.task_name, self.instruction = task, TASKS[task].instruction
         self.max_steps = TASKS[task].max_steps
-        self.number, self.steps, self.refused = start, 0, 0
+        self.number, self.refused, self.missed_before = start, 0, self.missed
         ready = time.monotonic() + 0.1          # what is on its way then may still show the old scene
         while any(camera.at < ready for camera in self.views.values()):
             arm.check()                         # a camera that gives nothing new stops the arm
@@ -1515,12 +1583,12 @@ class ArmEnv:
         self.ticks += 1
         self.late = max(0.0, now - self.due)
         self.worst = max(self.worst, self.late)
-        if self.late:                           # the step is over before its command went out
+        if self.late:                           # the step was over before its command went out: a new one
             self.missed += 1
-            self.due = now
-        else:
-            time.sleep(self.due - now)
+            self.due = now + 1 / CONTROL_HZ
+        time.sleep(max(0.0, self.due - time.monotonic()))
         self.steps += 1
+        self.seconds = time.monotonic() - self.begun
         self._write(action, why, at)
         if self.refused >= self.REFUSALS:
             raise EpisodeAborted(f"{self.refused} commands in a row refused, the last one: {why}")
@@ -1554,7 +1622,8 @@ class ArmEnv:
 
     def timing(self):
         return (f"{self.ticks} control steps, {self.missed} missed their deadline (worst by "
-                f"{1000 * self.worst:.1f} ms); {self.arm.frames} frames, {self.arm.overruns} late; "
+                f"{1000 * self.worst:.1f} ms); {self.arm.frames} frames, {self.arm.overruns} late, "
+                f"{self.arm.limited} slowed; "
                 f"{self.arm.gate.clamped} actions shortened, {sum(self.arm.gate.refusals.values())} refused "
                 f"{dict(self.arm.gate.refusals) or ''}")
 
@@ -1625,12 +1694,14 @@ class KeyboardTeleop:
     MOVES = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1)}
 
     def __init__(self, keys):
-        self.keys, self.pose, self.gripper, self.held = keys, np.eye(4), 1.0, -1.0
+        self.keys, self.pose, self.gripper, self.held, self.waiting = keys, np.eye(4), 1.0, -1.0, []
 
     def read(self):
-        button = ""
+        button, held = "", time.monotonic() - self.held < 0.3
         while key := self.keys.get():
+            self.waiting.append(key)
             self.held = time.monotonic()
+        for key in self.waiting if held else ():    # a hand takes hold where it is before it moves
             if key in self.MOVES:
                 axis, sign = self.MOVES[key]
                 self.pose[axis, 3] += 0.005 * sign
@@ -1643,6 +1714,7 @@ class KeyboardTeleop:
                 button = "save"
             elif key in "\x7f\b":
                 button = "discard"
+        self.waiting = [] if held else self.waiting
         return Reading(self.pose, time.monotonic() - self.held < 0.3, self.gripper, button)
 
 
@@ -1662,7 +1734,7 @@ class QuestTeleop:
             from teleop import Teleop
         except ImportError as e:
             raise InputError("a Quest is read by the teleop package: pip install teleop==0.1.5") from e
-        self.latest, self.raw, self.jumped, self.pressed = None, None, False, ""
+        self.latest, self.raw, self.jumped, self.pressed, self.down = None, None, False, "", set()
         self.server = Teleop(host="127.0.0.1", port=port, natural_phone_orientation_euler=[0, 0, 0])
         self.server.subscribe(self._hear)
         threading.Thread(target=self.server.run, daemon=True).start()
@@ -1677,9 +1749,15 @@ class QuestTeleop:
             self.jumped = True
         self.raw = raw if message["move"] else None
         for button, meaning in (("reservedButtonA", "save"), ("reservedButtonB", "discard")):
-            if message.get(button):
+            if message.get(button) and button not in self.down:     # pressed now, not still down
                 self.pressed = meaning
+            (self.down.add if message.get(button) else self.down.discard)(button)
         self.latest = time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open")
+
+    def begin(self, _):
+        """For a new episode: what was pressed before is forgotten."""
+        self.pressed = ""
+        return self
 
     def read(self):
         if self.latest is None:
@@ -1721,8 +1799,6 @@ def station(args, need_cameras=True):
     stops the arm. -> namespace of arm, cameras, keys, who (a Person, or the World of the rehearsal), world"""
     fake = world = arm = keys = None
     cameras = {}
-    if args.arm != "sim" and args.move:
-        consent(args)
     try:
         address = args.arm
         if args.arm == "sim":
@@ -1777,7 +1853,9 @@ def on_signal(arm, number, _):
 
 
 def consent(args):
-    """A person at a terminal types the word, or nothing moves."""
+    """A person at a terminal types the word before a real arm moves, and before anything is overwritten."""
+    if args.arm == "sim" or not args.move:
+        return
     if not sys.stdin.isatty():
         raise InputError("--move asks for a word to be typed at a terminal; stdin is none: without --move "
                          "this is a dry run, --arm sim moves the twin")
@@ -1788,7 +1866,8 @@ def consent(args):
           f"{np.degrees(MAX_JOINT_STEP) * CONTROL_HZ:.0f} degrees/s at most; way home "
           f"{np.degrees(HOME_SPEED):.0f} degrees/s\n"
           "Nobody within reach, the emergency stop in your hand: it is the safety device, this is a program.")
-    if input("type MOVE: ").strip() != "MOVE":
+    print("type MOVE:", end=" ", flush=True)
+    if sys.stdin.readline().strip() != "MOVE":
         raise InputError("not confirmed: nothing was sent")
 
 
@@ -1806,13 +1885,13 @@ def check_arm(args):
     """Reads everything, moves nothing."""
     args.move = False
     with station(args) as s:
-        wrong = [what for what, _, right in s.arm.checks() if not right]
-        ages = []
+        wrong, ages = [what for what, _, right in s.arm.checks() if not right], []
         for _ in range(100):
             time.sleep(0.01)
             ages.append(time.monotonic() - s.arm.state[0])
         print(f"state        {1000 * np.median(ages):.1f} ms old at the median, {1000 * max(ages):.1f} at "
               "most")
+        wrong += [trouble for trouble in (camera.trouble() for camera in s.cameras.values()) if trouble]
         import cv2
         if s.cameras:
             height = min(c.picture.shape[0] for c in s.cameras.values())
@@ -1834,6 +1913,9 @@ def must_be_ready(arm):
 def replay(args):
     """The actions of a recorded demonstration, each in 1 / speed parts."""
     from prepare_data import open_shard, read_manifest
+    if not 0 < args.speed <= 1 or args.episode < 0:
+        raise InputError("--speed is a share above 0, 1 = as recorded, --episode counts from 0; got "
+                         f"{args.speed}, {args.episode}")
     attrs, shards, _ = read_manifest(args.data)
     if not attrs["action"] or attrs["action"]["units"] != ["m"] * 3 + ["rad"] * 3 + ["1"]:
         raise InputError(f"{args.data} has no actions in metres and radians of this arm: replay takes data "
@@ -1853,21 +1935,28 @@ def replay(args):
     if task is None:
         raise InputError(f"{name}: {text!r} is none of this table's tasks")
     start = int(name.rsplit("-", 1)[-1]) if name.rsplit("-", 1)[-1].isdigit() else 0
-    parts = max(1, round(1 / args.speed))
+    parts = int(np.ceil(1 / args.speed))
     args.what = f"{name} of {args.data} ({text}) at 1/{parts} of its speed"
+    consent(args)
     with station(args, need_cameras=False) as s:
         must_be_ready(s.arm)
         env, errors = ArmEnv(s.arm, s.cameras, 64, s.who), []
         env.judged = False
         env.reset(task, start)
         print(f"{args.what}: {len(actions) * parts / CONTROL_HZ:.0f} s")
-        begin = proprio[0, :3] - s.arm.proprio()[:3]        # the recording did not start quite at home
-        for _ in range(max(1, int(np.abs(begin).max() / 0.004))):
-            env.step(np.array([*begin / max(1, int(np.abs(begin).max() / 0.004)), 0, 0, 0, 1]), look=False)
-        for action, aim in zip(actions, proprio[1:]):
-            for _ in range(parts):
-                env.step(np.append(action[:6] / parts, action[6]), look=False)
-            errors.append(np.linalg.norm(s.arm.proprio()[:3] - aim[:3]))
+        begin = proprio[0, :3] - s.arm.gate.position        # the recording did not start quite at home
+        slow = max(1, int(np.abs(begin).max() / 0.004))
+        moves = [np.array([*begin / slow, 0, 0, 0, 1])] * slow
+        moves += [np.append(action[:6] / parts, action[6]) for action in actions for _ in range(parts)]
+        aims = [None] * slow + [aim if k == parts - 1 else None for aim in proprio[1:] for k in range(parts)]
+        try:
+            for move, aim in zip(moves, aims):
+                env.step(move, look=False)
+                if aim is not None:
+                    tool = s.arm.proprio()[:3] if s.arm.move else s.arm.gate.position
+                    errors.append(np.linalg.norm(tool - aim[:3]))
+        except EpisodeAborted as e:
+            raise InputError(f"replay ends at step {env.steps} of {len(moves)}: {e}") from e
         print(f"distance from the recorded tool: median {1000 * np.median(errors):.1f}, at most "
               f"{1000 * max(errors):.1f} mm; success {s.world.judge() if s.world else 'for you to see'}")
         print(f"timing       {env.timing()}")
@@ -1884,10 +1973,15 @@ def record(args):
     if operator == "keyboard" and not sys.stdin.isatty():
         raise InputError("--operator keyboard needs a terminal")
     names = [f"{task}-{number:05d}" for number in range(args.episodes) for task in tasks]
-    claim_output(args.out, {"source": "realman", **{key: vars(args)[key] for key in (
-        "arm", "image_size", "resize", "text_encoder", "seed", "spread", "tasks")}}, "never complete", args)
     encoder = TextEncoder(args.text_encoder)
     args.what = f"where the operator ({operator}) leads it"
+    consent(args)
+    moves = args.move or args.arm == "sim"
+    if moves:
+        same = {key: vars(args)[key] for key in ("arm", "image_size", "resize", "text_encoder", "seed",
+                                                 "spread", "tasks")}
+        claim_output(args.out, {"source": "realman", **same}, "never complete", args)
+    log = Path(args.out, "commands.jsonl") if moves else os.devnull
     with station(args) as s:
         must_be_ready(s.arm)
         info = {what: found for what, found, _ in s.arm.checks()
@@ -1899,13 +1993,13 @@ def record(args):
                  "extra": {"arm": args.arm, "operator": operator, "spread": args.spread, "hz": CONTROL_HZ,
                            "workspace": WORKSPACE.tolist(), "tool_m": TOOL, "dh": DH.tolist(),
                            "max_step": [MAX_STEP, MAX_TURN], "cameras": args.cameras, **info}}
-        with open(Path(args.out, "commands.jsonl"), "w" if args.overwrite else "a") as journal:
+        with open(log, "w" if args.overwrite else "a", buffering=1) as journal:
             env = ArmEnv(s.arm, s.cameras, args.image_size, s.who, journal, args.resize)
             env.judged = False
-            preview = Preview(Path(args.out, "preview.png")) if operator != "expert" else None
+            preview = operator != "expert" and Preview(Path(args.out if moves else ".", "preview.png"))
             hand = {"expert": lambda start: ScriptedTeleop(s.world, s.arm.gate, start),
-                    "keyboard": lambda start, one=KeyboardTeleop(s.keys): one,
-                    "quest": lambda start, one=operator == "quest" and QuestTeleop(): one}[operator]
+                    "keyboard": lambda start: KeyboardTeleop(s.keys),
+                    "quest": operator == "quest" and QuestTeleop().begin}[operator]
             discarded = 0
             for i, name in enumerate(names):
                 path, task = Path(args.out, f"{i:05d}.h5"), name.rsplit("-", 1)[0]
@@ -1940,19 +2034,24 @@ def record_episode(env, hand, task, start, preview=None):
     hand, clutch, kept, quiet, gripper = hand(start), Clutch(), [], 0, 1.0
     while True:
         reading = hand.read()
-        if reading.button == "discard":
-            return None
         if reading.button == "save" and kept:
             break
         action, holds = clutch.action(reading, env.arm.gate)
         quiet = 0 if holds or reading.gripper != gripper else quiet + 1
         gripper = reading.gripper
         row = (obs, time.monotonic(), dict(env.times), env.arm.joints)
-        obs = env.step(action)[0]
+        try:
+            if reading.button == "discard":
+                raise EpisodeAborted("by the operator")
+            obs = env.step(action)[0]
+        except EpisodeAborted as e:
+            env.arm.rest()
+            return print(f"aborted      {e}")
         if quiet < CONTROL_HZ // 2 and (kept or holds):
             kept.append((*row, action, env.executed))
         if preview:
             preview.show(env, f"{env.instruction} | {len(kept)} steps | {'held' if holds else 'free'}")
+    env.arm.rest()          # what is written now takes its time
     looks = [row[0] for row in kept] + [obs]
     times = [row[1] for row in kept] + [time.monotonic()]
     return {"images": {c: [encode_frame(np.ascontiguousarray(o["images"][c][..., ::-1])) for o in looks]
@@ -1990,17 +2089,23 @@ def rollout(args):
         evaluate.check_arm(one, bench, "the arm")
         one.learn(bench)
         warm_up(one, bench)
+    seen = {(one.policy.config["image_size"], one.data.get("resize", "squash")) for one in policies.values()}
+    if len(seen) > 1:
+        raise InputError(f"the checkpoints see pictures of different size or shape: {sorted(seen)}")
     resize = first.data.get("resize", "squash")
     settings = {"env": "arm", "arm": args.arm, "execute": args.execute, "decay": args.decay,
                 "seed": args.seed, "spread": args.spread if args.arm == "sim" else None}
     out = Path(args.out or Path(args.checkpoint).parent / "rollout_arm")
-    done = evaluate.open_results(out, args, settings, list(policies))
+    args.what = f"up to {args.episodes} episodes per task under {' and '.join(names)}"
+    consent(args)
+    moves = args.move or args.arm == "sim"
+    done = evaluate.open_results(out, args, settings, list(policies)) if moves else {}
+    log = out / "commands.jsonl" if moves else os.devnull
     # A B, then B A, and so on: what drifts over an afternoon (light, table, person) hits both alike
     jobs = [(key, task, start) for start in starts for task in tasks
             for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])
             if (key, task, start) not in done]
-    args.what = f"{len(jobs)} episodes under {' and '.join(names)}"
-    with station(args) as s, open(out / "commands.jsonl", "w" if args.overwrite else "a") as journal:
+    with station(args) as s, open(log, "w" if args.overwrite else "a", buffering=1) as journal:
         must_be_ready(s.arm)
         env = ArmEnv(s.arm, s.cameras, first.policy.config["image_size"], s.who, journal,
                      resize if resize in ("squash", "crop") else "squash")
@@ -2010,7 +2115,7 @@ def rollout(args):
                                              args.decay)
             rng = np.random.default_rng([args.seed, start, tasks.index(task), 8])
             film = evaluate.Film(env, env.cameras, CONTROL_HZ) if start in starts[:args.video] else None
-            line, clock = {"arm": key, "task": task, "start": start, "success": False, "aborted": None}, None
+            line, end = {"arm": key, "task": task, "start": start, "success": False, "aborted": None}, None
 
             def ask(obs):
                 noise = rng.standard_normal((one.policy.chunk, ACTION_DIM), np.float32)
@@ -2018,15 +2123,17 @@ def rollout(args):
 
             try:
                 line["success"], _ = evaluate.rollout(env, ask, chunker, task, start, film=film)
-            except (EpisodeAborted, ArmStopped) as e:       # a failure, whatever the table looks like
-                line["aborted"], clock = str(e), e
-            line |= {"steps": env.steps, "seconds": round(time.monotonic() - env.begun, 3), "actions": "",
-                     "missed": env.missed, "settings": settings, "commit": origin["commit"],
-                     "machine": origin["machine"]}
+            except (EpisodeAborted, ArmStopped, KeyboardInterrupt) as e:    # a failure, if it had begun
+                line["aborted"], end = str(e) or "keyboard", e
+            if isinstance(end, (ArmStopped, KeyboardInterrupt)) and not env.steps:
+                raise end
+            line |= {"steps": env.steps, "seconds": round(env.seconds, 3), "actions": "",
+                     "missed": env.missed - env.missed_before, "settings": settings,
+                     "commit": origin["commit"], "machine": origin["machine"]}
             s.arm.rest()
             if not s.arm.move:
-                return print(f"dry run: {env.steps} steps of {one.label} with an arm that stood still; the "
-                             f"targets are in {out}/commands.jsonl\ntiming       {env.timing()}")
+                return print(f"dry run: {env.steps} steps of {one.label} with an arm that stood still, "
+                             f"nothing kept\ntiming       {env.timing()}")
             evaluate.append_line(out / "episodes.jsonl", line)
             done[key, task, start] = line
             if film:
@@ -2035,8 +2142,8 @@ def rollout(args):
                   f"{'success' if line['success'] else 'failure'}, {env.steps} steps in "
                   f"{line['seconds']:.2f} s"
                   + f"; aborted: {line['aborted']}" * bool(line["aborted"]), flush=True)
-            if isinstance(clock, ArmStopped):
-                raise clock
+            if isinstance(end, (ArmStopped, KeyboardInterrupt)):
+                raise end
         timing = env.timing()
     arms = {key: evaluate.summarise(one, tasks, list(starts), done) for key, one in policies.items()}
     results = {"settings": settings, "tasks": [len(tasks), len(TASKS)], "arms": arms, "timing": timing,

@@ -19,6 +19,7 @@ stops the arm and sets the error; a stop holds the joints where they are; when t
 target is held.
 """
 import argparse
+import contextlib
 import http.server
 import json
 import socket
@@ -71,7 +72,8 @@ class Twin:
     def __init__(self, spread):
         self.env, self.lock, self.grip = TwinEnv(cameras=(), spread=spread), threading.Lock(), 1.0
         self.good, self.start = 0, None
-        self.env.reset(next(iter(TASKS)), 0)
+        for task in TASKS:          # building a scene takes longer than a controller may be silent
+            self.env.reset(task, 0)
         self.target = self.q.copy()
 
     def begin(self, task, seed):
@@ -132,8 +134,8 @@ class Controller:
     # -- faults --
 
     def fault(self, name, value=None):
-        """silent: executes, says nothing | late: everything said comes `value` seconds late | refuse: moves
-        and stops are answered with false, frames ignored | drop: closes the connection, takes no other |
+        """silent: executes, says nothing | late: all is heard and said `value` seconds late | refuse: moves and
+        stops are answered with false, frames ignored | drop: closes the connection, takes no other |
         error: `value` becomes the error code, the arm stops | stuck: the joints do not follow |
         frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log"""
         self.note(fault=name, value=value)
@@ -205,18 +207,22 @@ class Controller:
                 entry[1] = entry[1] or twin
                 if not twin:
                     self.note(m=message)
-                replies = self.answer(message)
-                if not twin and "silent" in self.faults:
-                    continue
-                if not twin and "late" in self.faults:
-                    time.sleep(self.faults["late"])
-                for reply in replies:
-                    client.sendall(json.dumps(reply).encode() + b"\r\n")
+                late = 0 if twin else self.faults.get("late", 0)
+                if late:
+                    threading.Timer(late, self.handle, (client, message, twin)).start()
+                else:
+                    self.handle(client, message, twin)
         except (OSError, ValueError):
             pass
         finally:
             self.clients.remove(entry)
             client.close()
+
+    def handle(self, client, message, twin):
+        replies = self.answer(message)
+        if twin or "silent" not in self.faults:
+            with contextlib.suppress(OSError):
+                client.sendall(b"".join(json.dumps(reply).encode() + b"\r\n" for reply in replies))
 
     # -- the protocol; joints in 0.001 degrees, positions in micrometres, angles in milliradians --
 
@@ -285,6 +291,7 @@ class Controller:
             "get_DH_data": {"command": "get_DH_data", **{
                 f"joint_{i + 1}": [*whole(np.degrees(row[:1]), 1000), *whole(row[1:3], 1e6),
                                    *whole(np.degrees(row[3:]), 1000)] for i, row in enumerate(DH)}},
+            "get_joint_degree": {"state": "joint_degree", "joint": joints},
             "get_current_arm_state": {"state": "current_arm_state", "arm_state": {
                 "joint": joints, "pose": whole(flange[:3, 3], 1e6) + whole(euler(flange[:3, :3]), 1000),
                 "err": [self.err]}},
@@ -332,21 +339,21 @@ class Cameras:
             threading.Thread(target=work, daemon=True).start()
 
     def draw(self):
-        renderers, rng, due = {}, np.random.default_rng(0), time.monotonic()
+        with self.plant.lock:
+            renderers = {task: mujoco.Renderer(model, self.size, self.size)
+                         for task, (model, *_) in self.plant.env._models.items()}
+        rng, due = np.random.default_rng(0), time.monotonic()
         while True:
             due = max(due + 1 / self.hz, time.monotonic())
             time.sleep(max(0, due - time.monotonic()))
             for camera in CAMERAS:
                 with self.plant.lock:
-                    env = self.plant.env
-                    if env.task_name not in renderers:
-                        renderers[env.task_name] = mujoco.Renderer(env.model, self.size, self.size)
-                    renderer = renderers[env.task_name]
-                    renderer.update_scene(env.data, camera)
+                    renderer = renderers[self.plant.env.task_name]
+                    renderer.update_scene(self.plant.env.data, camera)
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
                 renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
                 picture = renderer.render() * (self.faults.get("black") != camera)
-                noise = rng.integers(0, 4, picture.shape, np.uint8) * (self.faults.get("black") != camera)
+                noise = rng.integers(0, 4, picture.shape, np.uint8)         # in the dark, too
                 picture = np.clip(picture, 0, 252).astype(np.uint8) + noise
                 if self.faults.get("frozen") != camera or camera not in self.jpeg:
                     self.jpeg[camera] = cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]),

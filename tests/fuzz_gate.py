@@ -22,7 +22,7 @@ from robot import RealmanArm, Refused, tool_pose  # noqa: E402
 JOINTS = np.array([175, 127, 132, 175, 125, 357])
 STEP = 90 * 0.01
 BOX = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])
-BOX_TOLERANCE = 0.0015          # of a straight line in joints between two points of the box
+BOX_TOLERANCE = 0.0015          # m, of a straight line in joints between two points of the box
 TOOL_STEP = 0.021 / 5           # m: 2 cm in 5 frames, and what a straight line in joints adds
 
 
@@ -87,17 +87,17 @@ def main(count=100_000, seed=0):
             ports = json.loads(fake.stdout.readline())
             arm = RealmanArm(f"127.0.0.1:{ports['port']}", move=True)
             rng, begun = np.random.default_rng(seed), time.monotonic()
-            arm.gate.hold(arm.joints)
-            arm.segment = (arm.gate.q, arm.gate.q, 0.0)
+            arm.sent = arm.joints
+            arm.gate.hold(arm.sent)
             for number, (action, offset) in zip(range(count), stories(rng)):
                 try:
                     with np.errstate(all="ignore"):
                         q, _ = arm.gate(action, arm.gate.q + offset)
                 except Refused:
                     q = arm.gate.q
-                arm.segment = (arm.segment[1], q, 0.0)
-                for frame in range(1, 6):
-                    arm.send(arm.between(frame / 100))
+                arm.aim, late = q, rng.random() < 0.3
+                for left in rng.uniform(-3, 6, 5) if late else (5, 4, 3, 2, 1):     # ... or a clock astray
+                    arm.advance(left)
             seconds = time.monotonic() - begun
             time.sleep(0.5)
             arm.close()

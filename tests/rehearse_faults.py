@@ -79,9 +79,11 @@ class Fake:
         at = max((row["t"] for row in rows if "fault" in row), default=None)
         if at is None:              # something else ended it before: this machine is too busy
             return None, False
-        plant = [(row["t"], row["q"]) for row in rows if "q" in row and row["t"] > at - 0.05]
+        plant = [(row["t"], row["q"]) for row in rows if "q" in row and row["t"] > at - 0.3]
         t, q = np.array([p[0] for p in plant]), np.array([p[1] for p in plant])
         speed = np.abs(q[5:] - q[:-5]).max(1) / (t[5:] - t[:-5])         # degrees/s, over 50 ms
+        if not (speed[t[5:] < at] > 5).any():
+            return None, False      # it did not move when the fault came
         moving = t[5:][(speed > 0.5) & (t[5:] > at)]
         still = not len(moving) or t[-1] - moving[-1] > 0.3
         return (float((moving[-1] - at) * CONTROL_HZ) if len(moving) else 0.0), bool(still)
@@ -128,6 +130,15 @@ def victim(fake, moves):
     drive(fake, 10_000, lambda i, arm: (moves.set() if i == 5 else None, circle(i))[1])
 
 
+def second(port, answer):
+    try:
+        RealmanArm(f"127.0.0.1:{port}", move=True)
+        answer.send("two processes drive one arm")
+    except InputError as e:
+        answer.send(str(e))
+    os._exit(0)
+
+
 def attempt(fake, name, answer):
     """Drives, and after a second the fault. Puts the reason of the end into `answer`."""
     fault, master = FAULTS[name][0], None
@@ -142,7 +153,9 @@ def attempt(fake, name, answer):
             elif fault == "slow":
                 time.sleep(1)
             elif fault == "second":
-                RealmanArm(f"127.0.0.1:{fake.port}", move=True)
+                mine, its = processes.Pipe()
+                processes.Process(target=second, args=(fake.port, its)).start()
+                raise InputError(mine.recv())
         if i >= 20 and fault in ("nan", "huge"):
             return np.full(7, np.nan if fault == "nan" else 1e6)
         return circle(i)
@@ -151,7 +164,7 @@ def attempt(fake, name, answer):
         moves = processes.Event()
         one = processes.Process(target=victim, args=(fake, moves))
         one.start()
-        moves.wait(20)
+        assert moves.wait(20), "it does not move"
         time.sleep(1)
         fake.fault("mark")
         one.kill()
@@ -192,7 +205,7 @@ def main():
         for name in wanted:
             for number in range(3):
                 row = rehearse(name, Path(folder, f"{name.split()[0]}-{number}.jsonl"))
-                if row["ticks"] is not None and not row["reason"].startswith("overrun"):
+                if row["ticks"] is not None and not row["reason"].startswith("overrun"):    # else: too busy
                     break
             rows.append(row)
             print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}{row['reason']}"
