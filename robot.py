@@ -1195,9 +1195,11 @@ class RealmanArm:
         however late a command or a frame is, no faster than MAX_JOINT_STEP and MAX_STEP per control step."""
         step = (self.aim - self.sent) / max(frames_left, 1)
         share = CONTROL_HZ * FRAME                      # of a control step is one frame
-        distance = np.linalg.norm(tool_pose(self.sent + step)[0] - tool_pose(self.sent)[0])
-        slower = min(1.0, share * MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12),
-                     share * MAX_STEP / max(distance, 1e-12))
+        slower = min(1.0, share * MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
+        tool = tool_pose(self.sent)[0]
+        for _ in range(2):                              # twice: the tool's way is curved
+            distance = np.linalg.norm(tool_pose(self.sent + slower * step)[0] - tool)
+            slower *= min(1.0, share * MAX_STEP / max(distance, 1e-12))
         self.limited += slower < 0.999
         self.sent = self.sent + slower * step
         self.send(self.sent)

@@ -134,7 +134,7 @@ class Controller:
     # -- faults --
 
     def fault(self, name, value=None):
-        """silent: executes, says nothing | late: all is heard and said `value` seconds late | refuse: moves and
+        """silent: executes, says nothing | late: all is heard and said `value` s late | refuse: moves and
         stops are answered with false, frames ignored | drop: closes the connection, takes no other |
         error: `value` becomes the error code, the arm stops | stuck: the joints do not follow |
         frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log"""
