@@ -1484,7 +1484,10 @@ class World:
 
     def ask(self, command, **more):
         self.socket.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
-        return json.loads(self.lines.readline())
+        line = self.lines.readline()
+        if not line:
+            raise ArmStopped("the rehearsal's twin is gone")
+        return json.loads(line)
 
     def ready(self):
         pass
@@ -1798,7 +1801,7 @@ class Preview:
 @contextlib.contextmanager
 def station(args, need_cameras=True):
     """The arm, its cameras and the keyboard, checked, for as long as they are used. Whatever ends the block
-    stops the arm. -> namespace of arm, cameras, keys, who (a Person, or the World of the rehearsal), world"""
+    stops the arm. -> namespace: arm, checks, cameras, keys, who (Person, or the rehearsal's World), world"""
     fake = world = arm = keys = None
     cameras = {}
     try:
@@ -1820,8 +1823,9 @@ def station(args, need_cameras=True):
         for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
             signal.signal(getattr(signal, name), functools.partial(on_signal, arm))
         cameras = open_cameras(args.cameras or [])
-        print("\n".join(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}" for what, found, right
-                        in arm.checks()))
+        checks = arm.checks()
+        for what, found, right in checks:
+            print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
         for camera in cameras.values():
             height, width = camera.picture.shape[:2]
             print(f"ok     camera           {camera.name}: {camera.source}, {width} x {height}"
@@ -1829,7 +1833,8 @@ def station(args, need_cameras=True):
         if not arm.move:
             print("DRY RUN: all is read and computed, nothing is sent that moves; --move moves the arm")
         keys = Keys(arm)
-        yield argparse.Namespace(arm=arm, cameras=cameras, keys=keys, world=world, who=world or Person(keys))
+        yield argparse.Namespace(arm=arm, cameras=cameras, keys=keys, world=world, checks=checks,
+                                 who=world or Person(keys))
     except ArmStopped as stopped:
         raise InputError(f"the arm was stopped: {stopped}. Look at it before you start again; finished "
                          "episodes are kept, --resume goes on with the others") from stopped
@@ -1887,7 +1892,7 @@ def check_arm(args):
     """Reads everything, moves nothing."""
     args.move = False
     with station(args) as s:
-        wrong, ages = [what for what, _, right in s.arm.checks() if not right], []
+        wrong, ages = [what for what, _, right in s.checks if not right], []
         for _ in range(100):
             time.sleep(0.01)
             ages.append(time.monotonic() - s.arm.state[0])
@@ -1905,9 +1910,9 @@ def check_arm(args):
         raise InputError(f"not ready: {', '.join(wrong)}, see above")
 
 
-def must_be_ready(arm):
-    wrong = [f"{what} is {found}" for what, found, right in arm.checks() if not right]
-    if wrong and arm.move:
+def must_be_ready(s):
+    wrong = [f"{what} is {found}" for what, found, right in s.checks if not right]
+    if wrong and s.arm.move:
         raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Mend it with the vendor's page or "
                          "pendant; python robot.py check shows all")
 
@@ -1941,7 +1946,7 @@ def replay(args):
     args.what = f"{name} of {args.data} ({text}) at 1/{parts} of its speed"
     consent(args)
     with station(args, need_cameras=False) as s:
-        must_be_ready(s.arm)
+        must_be_ready(s)
         env, errors = ArmEnv(s.arm, s.cameras, 64, s.who), []
         env.judged = False
         env.reset(task, start)
@@ -1985,8 +1990,8 @@ def record(args):
         claim_output(args.out, {"source": "realman", **same}, "never complete", args)
     log = Path(args.out, "commands.jsonl") if moves else os.devnull
     with station(args) as s:
-        must_be_ready(s.arm)
-        info = {what: found for what, found, _ in s.arm.checks()
+        must_be_ready(s)
+        info = {what: found for what, found, _ in s.checks
                 if what in ("model", "firmware", "collision stage")}
         about = {"format_version": FORMAT_VERSION, "source": "realman", "image_size": args.image_size,
                  "resize": args.resize, "flip": "none", **TWIN, "cameras": list(s.cameras),
@@ -2108,7 +2113,7 @@ def rollout(args):
             for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])
             if (key, task, start) not in done]
     with station(args) as s, open(log, "w" if args.overwrite else "a", buffering=1) as journal:
-        must_be_ready(s.arm)
+        must_be_ready(s)
         env = ArmEnv(s.arm, s.cameras, first.policy.config["image_size"], s.who, journal,
                      resize if resize in ("squash", "crop") else "squash")
         for key, task, start in jobs:

@@ -279,7 +279,7 @@ def test_a_quest_leads_and_a_jump_lost_tracking_and_silence_let_go(gate):
     quest, link = QuestTeleop(port=14477), None
     for _ in range(100):
         try:
-            link = websocket.create_connection("wss://127.0.0.1:14477/ws",
+            link = websocket.create_connection("wss://127.0.0.1:14477/ws", timeout=5,
                                                sslopt={"cert_reqs": ssl.CERT_NONE})
             break
         except OSError:
