@@ -1,13 +1,9 @@
 """The robot of the paper's real-world experiments (Section 4.3): the Realman arm, and its MuJoCo twin.
 
-    python robot.py check --arm 192.168.1.18 --cameras front=0 side=2    # reads everything, moves nothing
-    python robot.py record --arm sim --out data/arm         # teleoperated demonstrations; sim: a rehearsal
-    python robot.py replay --arm sim --data data/arm        # one of them, at a quarter of its speed
-    python robot.py rollout --arm sim --checkpoint runs/finetune/last.pt    # success per task (Table II)
-    python robot.py expert                                  # scripted expert, success per task, 2 min
-    python robot.py expert --task stack_cups --video videos # ... and an mp4 of every episode
-    python robot.py expert --embodiment hand --video videos # the same tasks by a free hand, viewpoint shaken
-    python robot.py contact-sheet --out twin.png            # tasks x (start, middle, end) x cameras
+    python robot.py check --arm 192.168.1.18 --cameras front=0 side=2   # reads everything, moves nothing
+    python robot.py record --arm sim --out data/takes                    # teleoperated takes; sim: a rehearsal
+    python robot.py replay --arm sim --take data/takes/stack_cups-00000.h5      # one of them, at a quarter of its speed
+    python robot.py rollout --arm sim --checkpoint runs/finetune/last.pt # success per task (Table II)
 
 Two halves. First the twin: world, tasks, environment, scripted expert. Then the arm: kinematics, the safety
 gate that every command passes, the driver with its watchdog, cameras, teleoperation, the four commands.
@@ -31,7 +27,7 @@ import collections
 import contextlib
 import ctypes
 import functools
-import itertools
+import io
 import json
 import os
 import queue
@@ -39,17 +35,22 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import cv2
+import h5py
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from models import InputError, provenance, run, write_atomically
+from models import (ActionChunker, HelpFormatter, InputError, append_line, batch_observations, check_free, check_same,
+                    file_hash, load_policy, provenance, read_json, read_lines, run, shrink, write_atomically, write_json)
 
 
 # ---- headless OpenGL: chosen before mujoco is imported ----
@@ -82,6 +83,13 @@ import mujoco  # noqa: E402
 
 ACTION_DIM, PROPRIO_DIM = 7, 7
 CONTROL_HZ = 20
+# The action and the proprioception of the twin and of the arm, as a dataset's attributes describe them. `delta`
+# says which numbers are changes per step; the gripper's is a target.
+ACTION = {"names": ["x", "y", "z", "rx", "ry", "rz", "gripper"], "units": ["m"] * 3 + ["rad"] * 3 + ["1"],
+          "frame": "robot base, change per step", "gripper": "1 = open, 0 = closed",
+          "delta": [True] * 6 + [False]}
+PROPRIO = {"names": ACTION["names"], "units": ACTION["units"], "frame": "robot base, from tool-down",
+           "gripper": "1 = open .. 0 = closed"}
 EVAL_SEED0 = 1_000_000              # evaluation starts are seeds >= this; training data uses seeds below it
 PHYSICS_DT = 0.002                  # s
 MAX_STEP, MAX_TURN = 0.02, 0.1      # m and rad per control step; larger actions are clamped
@@ -718,6 +726,107 @@ class Expert:
         return np.array([*move, *turn, grip]) + calm * np.append(self.jitter, 0)
 
 
+def expert_episode(env, task, seed):
+    """One episode of the scripted expert. Its actions are rounded to float32 before they are executed, so that what
+    a dataset stores is what was done. -> success, observations (T), actions (T-1, each (7,) float32)"""
+    observations, actions, done, success = [env.reset(task, seed)], [], False, False
+    expert = Expert(env, seed)
+    while not done:
+        actions.append(np.asarray(expert.act(), np.float32))
+        obs, done, success = env.step(actions[-1])
+        observations.append(obs)
+    return success, observations, actions
+
+
+# ---- one episode of a policy, in every environment and on the arm ----------------------------------------
+
+def rollout(env, policy_fn, chunker, task, start, max_steps=None, film=None):
+    """One episode: observation -> action chunk -> action -> step. -> success, actions (T, A) as sent to env.step
+
+    policy_fn(obs) -> (n, A) is called only when the chunker needs a new chunk, always with the newest observation.
+    """
+    chunker.reset()
+    obs, actions = env.reset(task, start), []
+    if film:
+        film.add()
+    for _ in range(max_steps or env.max_steps):
+        actions.append(chunker.step(lambda: policy_fn(obs)))                          # (A,)
+        obs, done, success = env.step(actions[-1], look=chunker.asks)
+        if film:
+            film.add()
+        if done:
+            break
+    return bool(success), np.array(actions)
+
+
+def policy_function(policy, instruction, rng):
+    """-> policy_fn(obs) -> (n, A), for rollout(). What a policy samples starts from `noise` (n, A), drawn from rng
+    at every call: an episode then depends on its own seed alone."""
+    def policy_fn(obs):
+        noise = rng.standard_normal((policy.chunk, policy.config["action_dim"]), np.float32)
+        return policy.act(batch_observations([{**obs, "noise": noise}], [instruction], policy))[0].cpu().numpy()
+    return policy_fn
+
+
+def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
+    """InputError if a finetuned checkpoint does not fit an environment.
+
+    label, name             the checkpoint and the environment, for the message
+    cameras, proprio_dim    what the environment's observations have
+    action                  description of its actions, like ACTION: number, units and `delta` are compared
+    hz                      its control rate; every dataset of the checkpoint must have this rate
+    """
+    config, data = checkpoint["config"], checkpoint["data"]
+    trained = data.get("action") or {}
+    for what, has, takes in (
+            ("numbers per action", config["action_dim"], len(action["names"])),
+            ("as the units of its actions", trained.get("units"), action["units"]),
+            ("as `delta` (which numbers are changes per step)", trained.get("delta"), action["delta"]),
+            ("numbers of proprioception", config["proprio_dim"] or proprio_dim, proprio_dim)):
+        if has != takes:
+            raise InputError(f"{label} was finetuned with {has} {what}, {name} has {takes}: give a checkpoint that "
+                             "was finetuned on this robot's data")
+    if not set(config["cameras"]) <= set(cameras):
+        raise InputError(f"{label} needs the cameras {', '.join(config['cameras'])}, {name} has "
+                         f"{', '.join(cameras)}: finetune on data whose cameras have these names")
+    for part in data.get("mixture") or ():          # an action must span one step of the environment
+        rate = part["fps"] / part["stride"]
+        if not 0.95 < rate / hz < 1.05:
+            raise InputError(f"{label} was finetuned on actions at {rate:g} Hz ({part['path']}, stride "
+                             f"{part['stride']}), {name} runs at {hz:g} Hz: finetune on data of that rate, or "
+                             "choose it with --strides")
+
+
+class Film:
+    """Records the pictures of an episode, larger than the policy sees them, and writes them as an mp4."""
+
+    def __init__(self, env, cameras, hz, size=256):
+        self.env, self.cameras, self.hz, self.size, self.frames = env, cameras, hz, size, []
+
+    def add(self):
+        """Adds what env.render(camera, size) shows now, the cameras side by side."""
+        self.frames.append(np.concatenate([self.env.render(c, self.size) for c in self.cameras], 1))
+
+    def write(self, folder, name, instruction, success):
+        """Writes folder/name_success.mp4 or name_failure.mp4, with instruction and outcome on every frame."""
+        outcome = "success" if success else "failure"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}_{outcome}.mp4"
+        partial = folder / f"partial_{path.name}"
+        height, width = self.frames[0].shape[:2]                                      # (H, cameras * W, 3)
+        lines = textwrap.wrap(f"{instruction} [{outcome}]", width // 8)
+        strip = np.full((16 * len(lines) + 8, width, 3), 255, np.uint8)
+        for i, line in enumerate(lines):
+            cv2.putText(strip, line, (6, 16 * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        video = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), self.hz, (width, height + len(strip)))
+        if not video.isOpened():
+            raise InputError(f"OpenCV cannot write {partial}: leave out --video, or choose another --out")
+        for frame in self.frames + self.frames[-1:] * (self.hz // 2):                 # the end stays for 0.5 s
+            video.write(np.concatenate([strip, frame[..., ::-1]]))                    # RGB -> BGR
+        video.release()
+        os.replace(partial, path)
+
+
 # ---- the real arm: kinematics, in numpy ------------------------------------------------------------------
 
 JOINT_MARGIN = np.radians(3)        # kept away from the joints' limits
@@ -1299,7 +1408,7 @@ class Camera:
     def __init__(self, name, source):
         self.name, self.source, self.closing, self.settings = name, source, False, ""
         self.picture, self.at, self.why = None, time.monotonic(), "no picture yet"
-        self.read, self.release = self._realsense() if source.startswith("rs:") else self._opencv()
+        self.read, self.release = self._opencv()
         self.thread = threading.Thread(target=self._loop, daemon=True)
         self.thread.start()
         end = time.monotonic() + 5
@@ -1309,7 +1418,6 @@ class Camera:
             raise InputError(f"camera {name} ({source}) gives no picture: {self.why}")
 
     def _opencv(self):
-        import cv2
         live = self.source.isdigit() or self.source.startswith("/dev/")
         self.paced = not live and "://" not in self.source
         if "://" in self.source:
@@ -1339,23 +1447,6 @@ class Camera:
                 time.sleep(1 / self.fps)
             return picture if ok else None
         return read, capture.release
-
-    def _realsense(self):
-        try:
-            import pyrealsense2 as rs
-        except ImportError as e:
-            raise InputError(f"camera {self.name} is a RealSense: pip install pyrealsense2") from e
-        pipeline, config = rs.pipeline(), rs.config()
-        config.enable_device(self.source[3:])
-        config.enable_stream(rs.stream.color, *self.SIZE, rs.format.bgr8, self.FPS)
-        try:
-            pipeline.start(config)
-        except RuntimeError as e:
-            raise InputError(f"camera {self.name}: no RealSense {self.source[3:]} ({e})") from e
-
-        def read():
-            return np.asanyarray(pipeline.wait_for_frames(1000).get_color_frame().get_data())
-        return read, pipeline.stop
 
     def _loop(self):
         while not self.closing:
@@ -1622,7 +1713,6 @@ class ArmEnv:
 
     def render(self, camera, image_size):
         """(H, W, 3) uint8 RGB, the newest picture."""
-        from prepare_data import shrink
         return shrink(self.views[camera].picture, image_size, self.resize)[..., ::-1]
 
     def timing(self):
@@ -1774,30 +1864,6 @@ class QuestTeleop:
 
 # ---- around the arm: the rehearsal, signals, consent -----------------------------------------------------
 
-class Preview:
-    """What the cameras see, for the operator: in a window where there is a screen, else in a file."""
-
-    def __init__(self, path):
-        self.path, self.at = path, 0.0
-        self.window = bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-                           or not sys.platform.startswith("linux"))
-        if not self.window:
-            print(f"preview      {path}, drawn 5 times a second (no screen here for a window)")
-
-    def show(self, env, text):
-        import cv2
-        if time.monotonic() - self.at < 0.2:
-            return
-        self.at = time.monotonic()
-        picture = np.concatenate([env.render(name, 256) for name in env.views], axis=1)[..., ::-1].copy()
-        cv2.putText(picture, text[:70], (5, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 255), 1, cv2.LINE_AA)
-        if self.window:
-            cv2.imshow("robot.py", picture)
-            cv2.waitKey(1)
-        else:
-            write_atomically(self.path, cv2.imencode(".png", picture)[1].tobytes())
-
-
 @contextlib.contextmanager
 def station(args, need_cameras=True):
     """The arm, its cameras and the keyboard, checked, for as long as they are used. Whatever ends the block
@@ -1899,11 +1965,11 @@ def check_arm(args):
         print(f"state        {1000 * np.median(ages):.1f} ms old at the median, {1000 * max(ages):.1f} at "
               "most")
         wrong += [trouble for trouble in (camera.trouble() for camera in s.cameras.values()) if trouble]
-        import cv2
         if s.cameras:
             height = min(c.picture.shape[0] for c in s.cameras.values())
             pictures = [cv2.resize(p, (round(p.shape[1] * height / p.shape[0]), height))
                         for p in (camera.picture for camera in s.cameras.values())]
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(args.out, cv2.imencode(".png", np.concatenate(pictures, axis=1))[1].tobytes())
             print(f"cameras      {args.out}: look at it")
     if wrong:
@@ -1917,33 +1983,26 @@ def must_be_ready(s):
                          "pendant; python robot.py check shows all")
 
 
+TAKE_FORMAT = 1
+
+
+def read_take(path):
+    """A take of `record` -> task, start, actions (T-1, 7), proprio (T, 7). InputError for another file."""
+    try:
+        with h5py.File(path) as f:
+            return (f.attrs["task"], int(f.attrs["start"]), f["actions"][:].astype(float), f["proprio"][:])
+    except (OSError, KeyError) as e:
+        raise InputError(f"{path} is not a take of `robot.py record` ({e})") from e
+
+
 def replay(args):
-    """The actions of a recorded demonstration, each in 1 / speed parts."""
-    from prepare_data import open_shard, read_manifest
-    if not 0 < args.speed <= 1 or args.episode < 0:
-        raise InputError("--speed is a share above 0, 1 = as recorded, --episode counts from 0; got "
-                         f"{args.speed}, {args.episode}")
-    attrs, shards, _ = read_manifest(args.data)
-    if not attrs["action"] or attrs["action"]["units"] != ["m"] * 3 + ["rad"] * 3 + ["1"]:
-        raise InputError(f"{args.data} has no actions in metres and radians of this arm: replay takes data "
-                         "of `robot.py record` or `prepare_data.py sim`")
-    number = args.episode
-    for shard in shards:
-        if number < shard["episodes"]:
-            break
-        number -= shard["episodes"]
-    else:
-        raise InputError(f"{args.data} has {attrs['counts']['episodes']} episodes, --episode {args.episode}")
-    with open_shard(Path(args.data, shard["file"])) as f:
-        first, end = f["episode_start"][number:number + 2]
-        actions, proprio = f["actions"][first:end - 1], f["proprio"][first:end]
-        name, text = f["name"].asstr()[number], json.loads(f["instruction"].asstr()[number])[0]
-    task = next((k for k, t in TASKS.items() if t.instruction == text), None)
-    if task is None:
-        raise InputError(f"{name}: {text!r} is none of this table's tasks")
-    start = int(name.rsplit("-", 1)[-1]) if name.rsplit("-", 1)[-1].isdigit() else 0
+    """Executes the actions of a recorded take at --speed, each split into 1 / speed equal parts."""
+    if not 0 < args.speed <= 1:
+        raise InputError(f"--speed takes a share above 0 and up to 1 (as recorded), got {args.speed}")
+    task, start, actions, proprio = read_take(args.take)
+    choose_tasks(task)
     parts = int(np.ceil(1 / args.speed))
-    args.what = f"{name} of {args.data} ({text}) at 1/{parts} of its speed"
+    args.what = f"{args.take} ({TASKS[task].instruction}) at 1/{parts} of its speed"
     consent(args)
     with station(args, need_cameras=False) as s:
         must_be_ready(s)
@@ -1951,7 +2010,7 @@ def replay(args):
         env.judged = False
         env.reset(task, start)
         print(f"{args.what}: {len(actions) * parts / CONTROL_HZ:.0f} s")
-        begin = proprio[0, :3] - s.arm.gate.position        # the recording did not start quite at home
+        begin = proprio[0, :3] - s.arm.gate.position        # the take may have begun a little beside HOME
         slow = max(1, int(np.abs(begin).max() / 0.004))
         moves = [np.array([*begin / slow, 0, 0, 0, 1])] * slow
         moves += [np.append(action[:6] / parts, action[6]) for action in actions for _ in range(parts)]
@@ -1970,277 +2029,232 @@ def replay(args):
 
 
 def record(args):
-    """Teleoperated demonstrations, written as a dataset that finetune.py reads, one shard per episode."""
-    from models import TextEncoder
-    from prepare_data import FORMAT_VERSION, TWIN, check_episode, claim_output, finish, write_shard
+    """Records teleoperated demonstrations as raw takes; `prepare_data.py realman` makes a dataset of them.
+
+    OUT/takes.json          written first: arm, settings, cameras, control rate, ACTION, PROPRIO, firmware
+    OUT/<task>-<start>.h5   one per kept take, T observations and T-1 actions, written atomically:
+        images/<camera>     (T,) JPEG files, quality 95, as large as the camera gives them
+        image_time/<camera> (T,) s, when the picture came
+        time                (T,) s, when the step began; all times are of one monotonic clock
+        actions, commanded  (T-1, 7) float32: what the safety gate executed, and what the operator asked for
+        joints              (T, 6) rad, measured
+        proprio             (T, 7) float32
+        attributes          task, instruction, start, fps
+    """
     tasks = choose_tasks(args.tasks)
     operator = args.operator or ("expert" if args.arm == "sim" else None)
     if operator is None or operator == "expert" and args.arm != "sim":
         raise InputError("--operator keyboard or quest records on an arm; expert is for --arm sim")
     if operator == "keyboard" and not sys.stdin.isatty():
         raise InputError("--operator keyboard needs a terminal")
-    names = [f"{task}-{number:05d}" for number in range(args.episodes) for task in tasks]
-    encoder = TextEncoder(args.text_encoder)
+    out, moves = Path(args.out), args.move or args.arm == "sim"
+    about = {"format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "action": ACTION, "proprio": PROPRIO,
+             "settings": {"arm": args.arm, "operator": operator, "spread": args.spread, "seed": args.seed,
+                          "sources": args.cameras}}
+    if moves:
+        check_free(out, (out / "takes.json").exists(), args)
+        if args.overwrite:
+            for path in [*out.glob("*.h5"), out / "takes.json", out / "commands.jsonl"]:
+                path.unlink(missing_ok=True)
+        elif (out / "takes.json").exists():
+            check_same(out / "takes.json", read_json(out / "takes.json")["settings"], about["settings"])
     args.what = f"where the operator ({operator}) leads it"
     consent(args)
-    moves = args.move or args.arm == "sim"
-    if moves:
-        same = {key: vars(args)[key] for key in ("arm", "image_size", "resize", "text_encoder", "seed",
-                                                 "spread", "tasks")}
-        claim_output(args.out, {"source": "realman", **same}, "never complete", args)
-    log = Path(args.out, "commands.jsonl") if moves else os.devnull
     with station(args) as s:
         must_be_ready(s)
-        info = {what: found for what, found, _ in s.checks
-                if what in ("model", "firmware", "collision stage")}
-        about = {"format_version": FORMAT_VERSION, "source": "realman", "image_size": args.image_size,
-                 "resize": args.resize, "flip": "none", **TWIN, "cameras": list(s.cameras),
-                 "text_encoder": encoder.name, "text_dim": encoder.dim,
-                 "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]",
-                 "extra": {"arm": args.arm, "operator": operator, "spread": args.spread, "hz": CONTROL_HZ,
-                           "workspace": WORKSPACE.tolist(), "tool_m": TOOL, "dh": DH.tolist(),
-                           "max_step": [MAX_STEP, MAX_TURN], "cameras": args.cameras, **info}}
-        with open(log, "w" if args.overwrite else "a", buffering=1) as journal:
-            env = ArmEnv(s.arm, s.cameras, args.image_size, s.who, journal, args.resize)
+        if moves:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "takes.json", {
+                **about, "cameras": list(s.cameras), "tool_m": TOOL, "workspace_m": WORKSPACE.tolist(),
+                "dh": DH.tolist(), "arm": {what: str(found) for what, found, _ in s.checks}})
+        with open(out / "commands.jsonl" if moves else os.devnull, "a", buffering=1) as journal:
+            env, discarded = ArmEnv(s.arm, s.cameras, 64, s.who, journal), 0
             env.judged = False
-            preview = operator != "expert" and Preview(Path(args.out if moves else ".", "preview.png"))
-            hand = {"expert": lambda start: ScriptedTeleop(s.world, s.arm.gate, start),
-                    "keyboard": lambda start: KeyboardTeleop(s.keys),
+            hand = {"expert": lambda seed: ScriptedTeleop(s.world, s.arm.gate, seed),
+                    "keyboard": lambda seed: KeyboardTeleop(s.keys),
                     "quest": operator == "quest" and QuestTeleop().begin}[operator]
-            discarded = 0
-            for i, name in enumerate(names):
-                path, task = Path(args.out, f"{i:05d}.h5"), name.rsplit("-", 1)[0]
-                for attempt in itertools.count() if not path.exists() else ():
-                    start = args.seed + 10 * (i // len(tasks)) + attempt
-                    episode = record_episode(env, hand, task, start, preview)
-                    if not s.arm.move:
-                        return print("dry run: that was one episode of an arm that stood still; not kept")
-                    episode = episode and check_episode({"name": f"{task}-{start:05d}", **episode}, about)
-                    if isinstance(episode, dict):
-                        break
-                    discarded += 1
-                    print(f"{name}: discarded, once more {episode or ''}", flush=True)
-                else:                           # it is here from an earlier run
-                    continue
-                write_shard(path, about, [episode], [], encoder)
-                print(f"{name}: {len(episode['actions'])} steps, kept", flush=True)
-                paths = sorted(str(p) for p in Path(args.out).glob("[0-9]*.h5"))
-                finish(args.out, about, paths, len(paths))      # a dataset after every episode
-        print(f"timing       {env.timing()}\ndiscarded    {discarded}\n"
-              f"next         python finetune.py --data {args.out}")
+            for start in range(args.seed, args.seed + args.episodes):
+                for task in tasks:
+                    path, tries = out / f"{task}-{start:05d}.h5", 0
+                    while not path.exists():
+                        take = record_take(env, hand, task, start, start + 1000 * tries)
+                        tries += 1
+                        if not s.arm.move:
+                            return print("dry run: that was one take of an arm that stood still; it is not kept")
+                        if take is None:
+                            discarded += 1
+                            print(f"{path.stem}: discarded, once more", flush=True)
+                            continue
+                        write_take(path, task, start, take)
+                        print(f"{path.stem}: {len(take['actions'])} steps, kept", flush=True)
+            print(f"timing       {env.timing()}\ndiscarded    {discarded}\n"
+                  f"next         python prepare_data.py realman --input {out}")
 
 
-def record_episode(env, hand, task, start, preview=None):
-    """One demonstration -> as check_episode takes it, or None: it was discarded.
+def encode(picture):
+    """(H, W, 3) uint8 BGR -> the bytes of a JPEG, quality 95, colours at full resolution (4:4:4)."""
+    flags = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return cv2.imencode(".jpg", picture, flags)[1]
 
-    Steps in which the hand does not hold the arm and the gripper has been still for half a second are left
-    out; `extra` has the time of every frame, so a gap shows.
+
+def record_take(env, hand, task, start, seed):
+    """One demonstration -> the datasets of a take, or None if it was discarded or aborted.
+
+    Steps in which the hand does not hold the arm and the gripper has been still for half a second are left out; the
+    times of the frames show the gap.
     """
-    from prepare_data import encode_frame
-    obs = env.reset(task, start)
-    hand, clutch, kept, quiet, gripper = hand(start), Clutch(), [], 0, 1.0
-    while True:
-        reading = hand.read()
-        if reading.button == "save" and kept:
-            break
-        action, holds = clutch.action(reading, env.arm.gate)
-        quiet = 0 if holds or reading.gripper != gripper else quiet + 1
-        gripper = reading.gripper
-        row = (obs, time.monotonic(), dict(env.times), env.arm.joints)
-        try:
-            if reading.button == "discard":
-                raise EpisodeAborted("by the operator")
-            obs = env.step(action)[0]
-        except EpisodeAborted as e:
-            env.arm.rest()
-            return print(f"aborted      {e}")
-        if quiet < CONTROL_HZ // 2 and (kept or holds):
-            kept.append((*row, action, env.executed))
-        if preview:
-            preview.show(env, f"{env.instruction} | {len(kept)} steps | {'held' if holds else 'free'}")
-    env.arm.rest()          # what is written now takes its time
-    looks = [row[0] for row in kept] + [obs]
-    times = [row[1] for row in kept] + [time.monotonic()]
-    return {"images": {c: [encode_frame(np.ascontiguousarray(o["images"][c][..., ::-1])) for o in looks]
-                       for c in env.views},
-            "instructions": [env.instruction], "fps": CONTROL_HZ, "actions": [row[5] for row in kept],
-            "proprio": [o["proprio"] for o in looks],
-            "extra": {"time": np.array(times),
-                      "joints": np.array([row[3] for row in kept] + [env.arm.joints]),
-                      "commanded": np.array([row[4] for row in kept] + [kept[-1][4]], np.float32),
-                      **{f"image_time_{c}": np.array([row[2][c] for row in kept] + [env.times[c]])
-                         for c in env.views}}}
+    env.reset(task, start)
+    hand, clutch, rows, quiet, gripper = hand(seed), Clutch(), [], 0, 1.0
+    with ThreadPoolExecutor(1) as pool:         # JPEGs are made beside the control loop, not in it
+
+        def look():
+            return {"time": time.monotonic(), "joints": env.arm.joints, "proprio": env.arm.proprio(),
+                    "image_time": {c: view.at for c, view in env.views.items()},
+                    "images": {c: pool.submit(encode, view.picture) for c, view in env.views.items()}}
+        while True:
+            reading = hand.read()
+            if reading.button == "save" and rows:
+                break
+            action, holds = clutch.action(reading, env.arm.gate)
+            quiet = 0 if holds or reading.gripper != gripper else quiet + 1
+            gripper = reading.gripper
+            try:
+                if reading.button == "discard":
+                    raise EpisodeAborted("by the operator")
+                keep = quiet < CONTROL_HZ // 2 and (rows or holds)
+                row = look() if keep else None
+                env.step(action, look=False)
+            except EpisodeAborted as e:
+                env.arm.rest()
+                return print(f"aborted      {e}")
+            if keep:
+                rows.append({**row, "actions": env.executed, "commanded": action})
+        rows.append(look())
+        env.arm.rest()          # what is written now takes its time
+        take = {key: np.array([row[key] for row in rows]) for key in ("time", "joints", "proprio")}
+        take |= {key: np.array([row[key] for row in rows[:-1]], np.float32) for key in ("actions", "commanded")}
+        for c in env.views:
+            take[f"image_time/{c}"] = np.array([row["image_time"][c] for row in rows])
+            take[f"images/{c}"] = [row["images"][c].result() for row in rows]
+    return take
 
 
-def rollout(args):
+def write_take(path, task, start, take):
+    """Writes a take in one go: its file is whole or absent."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as f:
+        f.attrs.update(task=task, instruction=TASKS[task].instruction, start=start, fps=CONTROL_HZ)
+        for key, rows in take.items():
+            if key.startswith("images/"):
+                data = f.create_dataset(key, (len(rows),), h5py.vlen_dtype(np.uint8))
+                for i, jpeg in enumerate(rows):
+                    data[i] = jpeg.ravel()
+            else:
+                f[key] = rows
+    write_atomically(path, buffer.getbuffer())
+
+
+def run_rollout(args):
     """Finetuned policies on the arm, in interleaved order: the paper's Table II."""
     import torch
-
-    import evaluate
     torch.set_num_threads(1)
     tasks, origin = choose_tasks(args.tasks), provenance()
     names = [args.checkpoint, *[args.compare] * bool(args.compare)]
-    policies = {arm.key: arm for arm in (evaluate.make_arm(name, 1, args.device) for name in names)}
+    policies = {file_hash(name): (name, *load_policy(name, args.device, stage="finetune")) for name in names}
     if len(policies) < len(names):
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}")
-    first = next(iter(policies.values()))
-    starts = range(EVAL_SEED0 + args.seed, EVAL_SEED0 + args.seed + args.episodes)
-    bench = evaluate.Benchmark(
-        make=None, tasks={k: evaluate.Task((TASKS[k].instruction,), TASKS[k].max_steps) for k in tasks},
-        cameras=tuple(text.split("=")[0] for text in args.cameras or []) or tuple(CAMERAS),
-        proprio_dim=PROPRIO_DIM, still=np.array([0, 0, 0, 0, 0, 0, 1.0]), low=None, high=None, starts=starts,
-        episodes={}, hz=CONTROL_HZ, about={})
-    for one in policies.values():
-        if not one.policy:
-            raise InputError(f"{one.label} is no checkpoint: rollout takes those of finetune.py")
-        evaluate.check_arm(one, bench, "the arm")
-        one.learn(bench)
-        warm_up(one, bench)
-    seen = {(one.policy.config["image_size"], one.data.get("resize", "squash")) for one in policies.values()}
+    cameras = tuple(text.split("=")[0] for text in args.cameras or []) or tuple(CAMERAS)
+    for name, policy, checkpoint in policies.values():
+        check_fit(name, checkpoint, "the arm", cameras, PROPRIO_DIM, ACTION, CONTROL_HZ)
+        ActionChunker(policy.chunk, args.execute, args.decay)
+        warm_up(name, policy)
+    seen = {(policy.config["image_size"], checkpoint["data"].get("resize", "squash"))
+            for _, policy, checkpoint in policies.values()}
     if len(seen) > 1:
         raise InputError(f"the checkpoints see pictures of different size or shape: {sorted(seen)}")
-    resize = first.data.get("resize", "squash")
+    (image_size, resize), = seen
     settings = {"env": "arm", "arm": args.arm, "execute": args.execute, "decay": args.decay,
                 "seed": args.seed, "spread": args.spread if args.arm == "sim" else None}
-    out = Path(args.out or Path(args.checkpoint).parent / "rollout_arm")
+    out, moves = Path(args.out or Path(args.checkpoint).parent / "rollout_arm"), args.move or args.arm == "sim"
+    lines = out / "episodes.jsonl"
     args.what = f"up to {args.episodes} episodes per task under {' and '.join(names)}"
     consent(args)
-    moves = args.move or args.arm == "sim"
-    done = evaluate.open_results(out, args, settings, list(policies)) if moves else {}
-    log = out / "commands.jsonl" if moves else os.devnull
-    # A B, then B A, and so on: what drifts over an afternoon (light, table, person) hits both alike
+    done = {}
+    if moves:
+        check_free(out, lines.exists(), args)
+        if args.overwrite:
+            for path in [lines, out / "commands.jsonl", *(out / "videos").glob("*.mp4")]:
+                path.unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for line in read_lines(lines) if lines.exists() else ():
+            check_same(lines, line["settings"], settings)
+            done[line["arm"], line["task"], line["start"]] = line
+    starts = range(EVAL_SEED0 + args.seed, EVAL_SEED0 + args.seed + args.episodes)
+    # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
     jobs = [(key, task, start) for start in starts for task in tasks
             for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])
             if (key, task, start) not in done]
-    with station(args) as s, open(log, "w" if args.overwrite else "a", buffering=1) as journal:
+    with station(args) as s, open(out / "commands.jsonl" if moves else os.devnull, "a", buffering=1) as journal:
         must_be_ready(s)
-        env = ArmEnv(s.arm, s.cameras, first.policy.config["image_size"], s.who, journal,
-                     resize if resize in ("squash", "crop") else "squash")
+        env = ArmEnv(s.arm, s.cameras, image_size, s.who, journal, resize if resize == "crop" else "squash")
         for key, task, start in jobs:
-            one = policies[key]
-            chunker = evaluate.ActionChunker(one.policy.chunk, evaluate.executed(args, one.policy),
-                                             args.decay)
-            rng = np.random.default_rng([args.seed, start, tasks.index(task), 8])
-            film = evaluate.Film(env, env.cameras, CONTROL_HZ) if start in starts[:args.video] else None
-            line, end = {"arm": key, "task": task, "start": start, "success": False, "aborted": None}, None
-
-            def ask(obs):
-                noise = rng.standard_normal((one.policy.chunk, ACTION_DIM), np.float32)
-                return one.chunks([(task, {**obs, "noise": noise})])[0]
-
+            name, policy, _ = policies[key]
+            ask = policy_function(policy, TASKS[task].instruction,
+                                  np.random.default_rng([args.seed, start, tasks.index(task), 8]))
+            film = Film(env, env.cameras, CONTROL_HZ) if start in starts[:args.video] else None
+            success, end = False, None
             try:
-                line["success"], _ = evaluate.rollout(env, ask, chunker, task, start, film=film)
+                success, _ = rollout(env, ask, ActionChunker(policy.chunk, args.execute, args.decay), task, start,
+                                     film=film)
             except (EpisodeAborted, ArmStopped, KeyboardInterrupt) as e:    # a failure, if it had begun
-                line["aborted"], end = str(e) or "keyboard", e
+                end = e
             if isinstance(end, (ArmStopped, KeyboardInterrupt)) and not env.steps:
                 raise end
-            line |= {"steps": env.steps, "seconds": round(env.seconds, 3), "actions": "",
-                     "missed": env.missed - env.missed_before, "settings": settings,
-                     "commit": origin["commit"], "machine": origin["machine"]}
             s.arm.rest()
             if not s.arm.move:
-                return print(f"dry run: {env.steps} steps of {one.label} with an arm that stood still, "
+                return print(f"dry run: {env.steps} steps of {name} with an arm that stood still, "
                              f"nothing kept\ntiming       {env.timing()}")
-            evaluate.append_line(out / "episodes.jsonl", line)
+            line = {"arm": key, "label": name, "task": task, "start": start, "success": success,
+                    "aborted": end and (str(end) or "keyboard"), "steps": env.steps, "seconds": round(env.seconds, 3),
+                    "actions": "", "missed": env.missed - env.missed_before, "settings": settings,
+                    "commit": origin["commit"], "machine": origin["machine"]}
+            append_line(lines, line)
             done[key, task, start] = line
             if film:
-                film.write(out / "videos", f"{task}_{start}", TASKS[task].instruction, line["success"])
-            print(f"{len(done):4d}/{len(tasks) * len(starts) * len(policies)} {one.label} {task} #{start}: "
-                  f"{'success' if line['success'] else 'failure'}, {env.steps} steps in "
-                  f"{line['seconds']:.2f} s"
-                  + f"; aborted: {line['aborted']}" * bool(line["aborted"]), flush=True)
+                film.write(out / "videos", f"{task}_{start}_{key}", TASKS[task].instruction, success)
+            print(f"{len(done):4d}/{len(tasks) * len(starts) * len(policies)} {name} {task} #{start}: "
+                  f"{'success' if success else 'failure'}, {env.steps} steps in {env.seconds:.2f} s"
+                  + f"; aborted: {line['aborted']}" * bool(end), flush=True)
             if isinstance(end, (ArmStopped, KeyboardInterrupt)):
                 raise end
-        timing = env.timing()
-    arms = {key: evaluate.summarise(one, tasks, list(starts), done) for key, one in policies.items()}
-    results = {"settings": settings, "tasks": [len(tasks), len(TASKS)], "arms": arms, "timing": timing,
-               "aborted": sum(bool(line["aborted"]) for line in done.values()), "provenance": origin}
-    print(f"\n{evaluate.table(arms)}\n\ntiming       {timing}")
+        print(f"timing       {env.timing()}")
+    for key, (name, *_) in policies.items():
+        for task in tasks:
+            won = [done[key, task, start]["success"] for start in starts]
+            print(f"{name:40s} {task:24s} {sum(won)}/{len(won)}")
     seconds, steps = (sum(line[k] for line in done.values()) for k in ("seconds", "steps"))
-    print(f"rate         {steps} steps in {seconds:.1f} s: {steps / seconds:.2f} Hz of {CONTROL_HZ}")
-    if args.compare:
-        ours, other = ([done[key, t, n]["success"] for t in tasks for n in starts] for key in policies)
-        results["comparison"] = {"other": args.compare} | evaluate.mcnemar(ours, other)
-        evaluate.print_comparison(args, results["comparison"])
-    write_atomically(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(f"wrote        {out}/results.json, episodes.jsonl, commands.jsonl")
+    print(f"rate         {steps} steps in {seconds:.1f} s: {steps / seconds:.2f} Hz of {CONTROL_HZ}\n"
+          f"next         python evaluate.py --results {out}")
 
 
-def warm_up(one, bench):
-    """The first look takes far longer than the others: not on the arm's time."""
-    size = one.policy.config["image_size"]
-    obs = {"images": {c: np.zeros((size, size, 3), np.uint8) for c in one.policy.cameras},
-           "proprio": np.zeros(PROPRIO_DIM, np.float32),
-           "noise": np.zeros((one.policy.chunk, ACTION_DIM), np.float32)}
+def warm_up(name, policy):
+    """The first call of a policy takes far longer than the others: not on the arm's time."""
+    size = policy.config["image_size"]
+    obs = {"images": {c: np.zeros((size, size, 3), np.uint8) for c in policy.cameras},
+           "proprio": np.zeros(PROPRIO_DIM, np.float32)}
+    ask = policy_function(policy, "", np.random.default_rng(0))
     for _ in range(3):
-        one.chunks([(next(iter(bench.tasks)), obs)])
+        ask(obs)
     begun = time.monotonic()
-    one.chunks([(next(iter(bench.tasks)), obs)])
+    ask(obs)
     seconds = time.monotonic() - begun
-    print(f"policy       {one.label}: {1000 * seconds:.1f} ms per look")
+    print(f"policy       {name}: {1000 * seconds:.1f} ms per call")
     if seconds > 0.8 / CONTROL_HZ:
         print(f"note         that leaves little of the {1000 / CONTROL_HZ:.0f} ms of a control step: "
-              "--execute 8 asks every eighth step, --device cuda is faster")
+              "--execute 8 calls it every eighth step, --device cuda is faster")
+
 
 # ---- command line ----
-
-def expert_episode(env, task, seed):
-    """-> success, list of the observations' images ({camera: (H, W, 3)}), one more than there were steps."""
-    obs, done, success = env.reset(task, seed), False, False
-    expert, frames = Expert(env, seed), [obs["images"]]
-    while not done:
-        obs, done, success = env.step(expert.act())
-        frames.append(obs["images"])
-    return success, frames
-
-
-def run_expert(args):
-    env = TwinEnv(args.embodiment, args.size, tuple(CAMERAS) if args.video else (), args.spread)
-    for task in [args.task] if args.task else TASKS:
-        wins, steps = 0, []
-        for seed in range(args.seed, args.seed + args.episodes):
-            path = args.video and unused(args.video / f"{args.embodiment}-{task}-{seed}.mp4")
-            success, frames = expert_episode(env, task, seed)
-            wins, steps = wins + success, steps + [len(frames) - 1]
-            if path:
-                write_video(path, frames)
-        print(f"{task:24s}{wins:4d}/{args.episodes} successes, {np.mean(steps):.0f} steps on average, "
-              f"{max(steps)} at most", flush=True)
-
-
-def write_video(path, frames):
-    """An mp4 at CONTROL_HZ, the cameras side by side."""
-    import cv2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [np.concatenate(list(images.values()), axis=1)[..., ::-1] for images in frames]  # RGB -> BGR
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), CONTROL_HZ, pictures[0].shape[1::-1])
-    if not writer.isOpened():
-        raise InputError(f"OpenCV cannot write {path}: give --video a folder that can be written")
-    for picture in pictures:
-        writer.write(picture)
-    writer.release()
-
-
-def contact_sheet(args):
-    import cv2
-    unused(args.out)
-    env, rows = TwinEnv(args.embodiment, args.size, spread=args.spread), []
-    for task in TASKS:
-        _, frames = expert_episode(env, task, args.seed)
-        shown = [frames[i] for i in np.linspace(0, len(frames) - 1, args.moments).astype(int)]
-        rows.append(np.concatenate([images[camera] for camera in env.cameras for images in shown], axis=1))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = np.concatenate(rows)[..., ::-1]                                                   # RGB -> BGR
-    if args.out.suffix not in (".png", ".jpg") or not cv2.imwrite(str(args.out), picture):
-        raise InputError(f"expected a .png or .jpg that can be written as --out, got {args.out}")
-    print(f"{args.out}: {len(rows)} tasks x {args.moments} moments from each of {', '.join(env.cameras)}")
-
-
-def unused(path):
-    if path.exists():
-        raise InputError(f"{path} exists and is not overwritten: remove it or name another place")
-    return path
-
 
 def positive(text):
     number = int(text)
@@ -2250,80 +2264,51 @@ def positive(text):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    shared = argparse.ArgumentParser(add_help=False)
-    twin = shared.add_argument_group("the twin")
-    twin.add_argument("--embodiment", choices=("robot", "hand"), default="robot", help="default: robot")
-    twin.add_argument("--spread", type=float, default=1.0, metavar="0..1",
-                      help="size of the random start regions: 1 full, 0 fixed starts (default: 1)")
-    twin.add_argument("--seed", type=int, default=0, metavar="N",
-                      help=f"first start; those from {EVAL_SEED0} on are for evaluation (default: 0)")
-    twin.add_argument("--size", type=positive, default=256, metavar="PIXELS",
-                      help="height and width of a camera's image (default: 256; policies see 64)")
+    arm = argparse.ArgumentParser(add_help=False)
+    g = arm.add_argument_group("the arm")
+    g.add_argument("--arm", default="sim", metavar="IP|sim", help="address of the controller, 192.168.1.18 as "
+                   "delivered; sim = a rehearsal: the vendor's library, a fake controller and the twin, in real time")
+    g.add_argument("--move", action="store_true", help="move a real arm, after MOVE was typed at the terminal; "
+                   "without it this is a dry run: nothing that moves is sent")
+    g.add_argument("--cameras", nargs="+", metavar="NAME=SOURCE", help="in the order of training, the main camera "
+                   "first; SOURCE: a number, /dev/v4l/by-id/... or a URL; sim has its own")
+    g.add_argument("--spread", type=float, default=0.5, metavar="0..1", help="sim: size of the start regions")
+    g.add_argument("--wire-log", type=Path, metavar="FILE", help="sim: write every message of the controller there")
+    episodes = argparse.ArgumentParser(add_help=False)
+    g = episodes.add_argument_group("episodes")
+    g.add_argument("--tasks", help="comma-separated; all five if not given")
+    g.add_argument("--episodes", type=positive, default=10, metavar="N", help="per task")
+    g.add_argument("--seed", type=int, default=0, help="number of the first start")
+    g.add_argument("--resume", action="store_true", help="keep the finished episodes in OUT and go on")
+    g.add_argument("--overwrite", action="store_true", help="delete the episodes in OUT")
 
-    expert = commands.add_parser("expert", parents=[shared], help="run the scripted expert, print successes")
-    expert.add_argument("--task", choices=TASKS, help="default: all five")
-    expert.add_argument("--episodes", type=positive, default=10, metavar="N",
-                        help="starts per task (default: 10)")
-    expert.add_argument("--video", type=Path, metavar="DIR",
-                        help="write an mp4 of every episode there (default: none)")
-    expert.set_defaults(run=run_expert)
+    def command(name, function, parents, text):
+        sub = commands.add_parser(name, parents=parents, help=text, description=function.__doc__,
+                                  formatter_class=HelpFormatter)
+        sub.set_defaults(run=function)
+        return sub.add_argument_group(name)
 
-    sheet = commands.add_parser("contact-sheet", parents=[shared], help="one picture of all tasks")
-    sheet.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .png or .jpg to write")
-    sheet.add_argument("--moments", type=positive, default=3, metavar="N",
-                       help="pictures per episode and camera (default: 3)")
-    sheet.set_defaults(run=contact_sheet)
-
-    real = argparse.ArgumentParser(add_help=False)
-    group = real.add_argument_group("the arm")
-    group.add_argument("--arm", default="sim", metavar="IP|sim", help="its address, 192.168.1.18 as "
-                       "delivered; sim = the vendor's library, a controller that is not there and the twin, "
-                       "in real time (default: %(default)s)")
-    group.add_argument("--move", action="store_true", help="move the arm, after a word typed at the "
-                       "terminal; without it nothing is sent that moves")
-    group.add_argument("--cameras", nargs="+", metavar="NAME=SOURCE", help="in the order of training, the "
-                       "main one first; SOURCE: number, /dev/v4l/by-id/..., video file, URL, rs:SERIAL "
-                       "(sim: the twin's)")
-    group.add_argument("--spread", type=float, default=0.5, metavar="0..1", help="sim: size of the start "
-                       "regions (default: %(default)s)")
-    group.add_argument("--wire-log", type=Path, metavar="FILE", help="sim: write what came over the wire")
-    some = argparse.ArgumentParser(add_help=False)
-    group = some.add_argument_group("episodes")
-    group.add_argument("--tasks", help="comma-separated (default: all five)")
-    group.add_argument("--episodes", type=positive, default=10, metavar="N", help="per task (default: 10)")
-    group.add_argument("--seed", type=int, default=0, help="sim: first start (default: 0)")
-    group.add_argument("--resume", action="store_true", help="keep the episodes that stand in OUT")
-    group.add_argument("--overwrite", action="store_true", help="throw away what stands in OUT")
-
-    check = commands.add_parser("check", parents=[real], help="read all, move nothing; picture the cameras")
-    check.add_argument("--out", type=Path, default=Path("check.png"), help="picture (default: %(default)s)")
-    check.set_defaults(run=check_arm)
-    again = commands.add_parser("replay", parents=[real], help="a recorded demonstration, slowly")
-    again.add_argument("--data", default="data/arm", help="dataset (default: %(default)s)")
-    again.add_argument("--episode", type=int, default=0, metavar="N", help="number in it (default: 0)")
-    again.add_argument("--speed", type=float, default=0.25, help="share of its speed (default: %(default)s)")
-    again.set_defaults(run=replay)
-    demos = commands.add_parser("record", parents=[real, some], help="teleoperated demonstrations -> data")
-    demos.add_argument("--operator", choices=("keyboard", "quest", "expert"), help="sim: expert, scripted")
-    demos.add_argument("--out", default="data/arm", help="dataset (default: %(default)s)")
-    demos.add_argument("--image-size", type=positive, default=64, help="pixels; paper: 128 (default: 64)")
-    demos.add_argument("--resize", choices=("squash", "crop"), default="squash", help="see prepare_data.py")
-    demos.add_argument("--text-encoder", default="hash", metavar="hash|minilm|clip", help="default: hash")
-    demos.set_defaults(run=record)
-    roll = commands.add_parser("rollout", parents=[real, some], help="finetuned policies: success per task")
-    roll.add_argument("--checkpoint", default="runs/finetune/last.pt", help="default: %(default)s")
-    roll.add_argument("--compare", metavar="PATH", help="a second checkpoint, in turns with the first")
-    roll.add_argument("--execute", type=int, metavar="H", help="see evaluate.py")
-    roll.add_argument("--decay", type=float, default=0.01, help="see evaluate.py")
-    roll.add_argument("--device", default="cpu", help="of the policy (default: %(default)s)")
-    roll.add_argument("--video", type=int, default=0, metavar="N", help="film the first N starts")
-    roll.add_argument("--out", help="default: rollout_arm beside the checkpoint")
-    roll.set_defaults(run=rollout)
-
+    g = command("check", check_arm, [arm], "read everything, move nothing; one picture of all cameras")
+    g.add_argument("--out", type=Path, default=Path("runs/check.png"), metavar="FILE", help="the picture")
+    g = command("record", record, [arm, episodes], "teleoperated demonstrations, as raw takes")
+    g.add_argument("--operator", choices=("keyboard", "quest", "expert"), help="who leads the arm; expert, which "
+                   "is scripted, is for sim and the default there")
+    g.add_argument("--out", default="data/takes", metavar="DIR", help="folder of the takes")
+    g = command("replay", replay, [arm], "a recorded take, slowly")
+    g.add_argument("--take", required=True, metavar="FILE", help="a take of record, data/takes/TASK-00000.h5")
+    g.add_argument("--speed", type=float, default=0.25, help="share of the recorded speed, at most 1")
+    g = command("rollout", run_rollout, [arm, episodes], "finetuned policies: success per task")
+    g.add_argument("--checkpoint", default="runs/finetune/last.pt", metavar="PATH", help="of finetune.py")
+    g.add_argument("--compare", metavar="PATH", help="a second checkpoint, in turns with the first")
+    g.add_argument("--execute", type=int, metavar="H", help="actions executed per chunk; if not given, the policy is "
+                   "called at every step and the chunks are averaged")
+    g.add_argument("--decay", type=float, default=0.01, help="of the weights of that average, 0 = plain mean")
+    g.add_argument("--device", default="cpu", help="of the policy")
+    g.add_argument("--video", type=int, default=0, metavar="N", help="film the first N starts of every task")
+    g.add_argument("--out", metavar="DIR", help="folder of the results; rollout_arm beside the checkpoint if not given")
     return parser
 
 
@@ -2333,5 +2318,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import robot        # evaluate.py and prepare_data.py import it by that name: one module, not two
-    run(robot.main)
+    run(main)
