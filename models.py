@@ -7,7 +7,7 @@
     o_t ----------------------> [ world model ] -> o_t+1 ... o_t+n
                                 gradients flow back through z into the policy
 
-Policies do not know the world model (world_model.py), which does not know policies. Read in this order:
+Policies do not know the world model, which does not know policies. Read in this order:
 
     1 errors            InputError, run
     2 text              TextEncoder
@@ -28,7 +28,9 @@ is simply `actions`.
 
 `python models.py` prints parameters and FLOPs of every size of every model beside published figures.
 """
+import argparse
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -43,6 +45,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -76,6 +79,19 @@ def run(main):
                        "make room or choose another --out, then go on with --resume"))
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks, and adds "(default: X)" to every option that has a default, unless
+    its help text speaks of the default itself."""
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        if (not action.option_strings or default is None or default is False or default is argparse.SUPPRESS
+                or "default" in text):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
 def _fail(message, status=2):
     for bar in list(getattr(tqdm, "_instances", ())):      # the line stands alone, not behind a progress bar
         bar.close()
@@ -100,8 +116,7 @@ class TextEncoder:
     def __init__(self, name="hash"):
         if name not in self.DIM:
             raise InputError(f"text encoder is one of {', '.join(self.DIM)}; got {name!r}")
-        self.name = name
-        self.dim = self.DIM[self.name]
+        self.name, self.dim, self.known = name, self.DIM[name], {}
         if self.name == "hash":
             return
         source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[name]
@@ -122,15 +137,21 @@ class TextEncoder:
                              f"({str(e).splitlines()[0]})") from e
 
     def __call__(self, texts):
+        """list of str -> (len, L) float32. Each text is embedded once, by itself, and remembered."""
+        for text in texts:
+            if text not in self.known:
+                self.known[text] = self._embed(text)
+        return np.stack([self.known[text] for text in texts])
+
+    def _embed(self, text):
         if self.name == "hash":
-            return np.stack([self._hash(t) for t in texts]).astype(np.float32)
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+            return self._hash(text).astype(np.float32)
+        tokens = self.tokenizer([text], truncation=True, return_tensors="pt")
         with torch.no_grad():
             out = self.model(**tokens)
         if self.name == "clip":
-            return out.text_embeds.float().numpy()
-        mask = tokens["attention_mask"][..., None]                                    # (len, words, 1)
-        return F.normalize((out.last_hidden_state * mask).sum(1) / mask.sum(1)).numpy()
+            return out.text_embeds[0].float().numpy()
+        return F.normalize(out.last_hidden_state.mean(1))[0].numpy()
 
     def _hash(self, text):
         words = re.findall(r"\w+", text.lower())
@@ -140,6 +161,12 @@ class TextEncoder:
             code = zlib.crc32(gram.encode())
             vector[code % self.dim] += 1.0 if code >> 31 else -1.0
         return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+@functools.cache
+def text_encoder(name):
+    """The one TextEncoder of this name in this process: policies share it, and no checkpoint holds it."""
+    return TextEncoder(name)
 
 
 # ---- 3 normalisation -------------------------------------------------------------------------------------
@@ -175,6 +202,46 @@ class Normalizer(nn.Module):
 
 
 # ---- 4 observations --------------------------------------------------------------------------------------
+
+
+def shrink(frame, size, rule):
+    """(H, W, 3) uint8 -> (size, size, 3). squash changes the aspect ratio, crop keeps the centre square.
+
+    UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and aliases. Here every
+    pixel counts (bilinear, antialiased); torch does that four times as fast as OpenCV's INTER_AREA.
+    """
+    if rule == "crop":
+        side = min(frame.shape[:2])
+        top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
+        frame = frame[top:top + side, left:left + side]
+    if frame.shape[:2] != (size, size):
+        image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]     # (1, 3, H, W)
+        image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+        return cv2.merge([plane.numpy() for plane in image[0]])
+    return np.ascontiguousarray(frame)
+
+
+def batch_observations(observations, instructions, policy):
+    """Observations of environments -> obs on the policy's device, with only what the policy was made for.
+
+    observations  [{"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,), "noise": (n, A), optional}]
+    instructions  [str], one per observation
+    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95), and those of videos
+    that are larger than the policy's images were shrunk from another size than is drawn here.
+    """
+    device = next(policy.parameters()).device
+
+    def tensor(rows):
+        return torch.from_numpy(np.stack(rows)).to(device)
+
+    images = {c: tensor([o["images"][c] for o in observations]).permute(0, 3, 1, 2)   # (B, 3, H, W)
+              for c in policy.cameras if all(c in o["images"] for o in observations)}
+    obs = {"images": images, "instruction": list(instructions)}
+    if policy.config["proprio_dim"]:
+        obs["proprio"] = tensor([np.asarray(o["proprio"], np.float32) for o in observations])        # (B, P)
+    if "noise" in observations[0]:
+        obs["noise"] = tensor([o["noise"] for o in observations])                     # (B, n, A)
+    return obs
 
 
 def random_shift(images, pixels):
@@ -320,7 +387,7 @@ def attention(q, k, v, heads, dropout, seen=None):
 
 
 class ObservationTokens(nn.Module):
-    """obs, proprio normalised -> tokens (B, tokens, E): [instruction, one per camera, proprio if any].
+    """Preprocessed obs -> tokens (B, tokens, E): [instruction, one per camera, proprio if any].
 
     One ResNet sees all images, told apart by a camera embedding; the instruction modulates it (FiLM) and is a
     token of its own. By position, not by name: camera 0 is the main view in every dataset.
@@ -330,7 +397,7 @@ class ObservationTokens(nn.Module):
         super().__init__()
         width = config["width"]
         self.cameras, self.dropout = list(config["cameras"]), config["proprio_dropout"]
-        self.instruction_encoder = nn.Linear(config["text_dim"], width)
+        self.instruction_encoder = nn.Linear(TextEncoder.DIM[config["text_encoder"]], width)
         self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
         self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
                                                   for _ in self.cameras])
@@ -360,7 +427,7 @@ class ObservationTokens(nn.Module):
 class Policy(nn.Module):
     """Contract of every policy: latent_actions(obs), loss(batch), act(obs).
 
-    obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": (B, L), "proprio": (B, P)}
+    obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": [B str], "proprio": (B, P)}
     What a dataset lacks is absent from obs: never zeros, never a second copy of the same camera. "noise" (B,
     n, A) may be there, too: what a policy that draws at random draws, so that a rollout can be repeated.
 
@@ -369,13 +436,12 @@ class Policy(nn.Module):
     PER_STEP = True. Whoever does all this in another way, as Diffusion Policy, overrides the three methods.
 
     config is plain data and makes the policy again (make_policy): policy, cameras, image_size, chunk,
-    text_dim, proprio_dim (or None), action_dim, latent_dim, latent_norm, proprio_dropout, head, and the
+    text_encoder, proprio_dim (or None), action_dim, latent_dim, latent_norm, proprio_dropout, head, and the
     subclass's own SIZES. Names say what stage 2 may add to a pretrained policy (action_*, proprio_*,
     camera_*, style_*) and what it may drop (latent_*); all else must fit. head says what the last layer is:
         latent  (B, n, Z) latent actions for the world model (stage 1)
         action  (B, n, A) actions (stage 2, the paper's choice "reinit": a new last layer)
-        add     a new layer from the latent actions to actions (stage 2, the paper's other strategy; stage 1
-                where a few labels are mixed in)
+        add     a new layer from the latent actions to actions (stage 2, the paper's other strategy)
     """
 
     SIZES = {}          # name -> what it adds to config; "width" is E
@@ -388,6 +454,7 @@ class Policy(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        text_encoder(config["text_encoder"])            # a missing download is an error now, not in training
         self.chunk, self.cameras = config["chunk"], list(config["cameras"])
         if config["head"] in ("latent", "add"):
             latents = self.chunk * config["latent_dim"]
@@ -421,24 +488,26 @@ class Policy(nn.Module):
         if size != self.config["image_size"]:
             raise InputError(f"policy was made for {self.config['image_size']}-pixel images, got {size}: "
                              f"prepare the data with --image-size {self.config['image_size']}")
-        if obs["instruction"].shape[-1] != self.config["text_dim"]:
-            raise InputError(f"policy expects instruction embeddings of width {self.config['text_dim']}, got "
-                             f"{obs['instruction'].shape[-1]}: same --text-encoder for all stages")
         if self.config["proprio_dim"] and "proprio" not in obs:
             raise InputError("policy was finetuned with proprioception, observation has none")
 
-    def encode(self, obs, **more):
-        """The only path from raw observations to the last layer: check, normalise proprio, features."""
+    def preprocess(self, obs):
+        """Raw observation -> what features() takes: words embedded (B, L), proprioception normalised."""
         self.check(obs)
+        words = text_encoder(self.config["text_encoder"])(obs["instruction"])         # (B, L)
+        obs = {**obs, "instruction": torch.from_numpy(words).to(obs["images"][self.cameras[0]].device)}
         if self.config["proprio_dim"]:
-            obs = {**obs, "proprio": self.proprio_norm.normalize(obs["proprio"])}
-        return self.features(obs, **more)
+            obs["proprio"] = self.proprio_norm.normalize(obs["proprio"])
+        return obs
+
+    def encode(self, obs):
+        """The only path from raw observations to the last layer."""
+        return self.features(self.preprocess(obs))
 
     def check_latent(self):
         if self.config["head"] == "action":
-            raise InputError("this policy has no latent actions: its last layer is for actions (finetuned, "
-                             "or pretrained with --world-model none); give a checkpoint of pretrain.py that "
-                             "learnt from video")
+            raise InputError("this policy has no latent actions: its last layer is for actions; give a "
+                             "checkpoint of pretrain.py")
 
     def squash(self, z):
         """Into (-1, 1), where the world model takes actions: (B, n, Z) -> (B, n, Z).
@@ -575,10 +644,10 @@ class ACT(Policy):
 
     def loss(self, batch):
         """L1 of the valid steps + weight * KL(q(style) || N(0, I)): batch -> scalar, {name: float}."""
-        target = self.action_norm.normalize(batch["actions"])
-        mean, log_var = self.infer_style(batch["obs"], target, batch["is_pad"])
+        target, obs = self.action_norm.normalize(batch["actions"]), self.preprocess(batch["obs"])
+        mean, log_var = self.infer_style(obs, target, batch["is_pad"])
         style = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        predicted = self._mean_action(self.encode(batch["obs"], style=style))
+        predicted = self._mean_action(self.features(obs, style))
         error = (target - predicted).abs().mean(-1)                                   # (B, n)
         l1 = masked_mean(error, batch["is_pad"])
         kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
@@ -594,17 +663,13 @@ class DiffusionPolicy(Policy):
         ^a = sqrt(ab) x - sqrt(1 - ab) v     the clean chunk
     Saying e itself, it must first learn to copy x, and ^a divides by sqrt(ab) = 0.0005 at the first step.
 
-    Latent actions, config["latent_calls"]:
-        1   ^a from one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM: x - ^e of
-            one call, without a bound
-        k   the DDIM sampler of k steps, unrolled: the gradient passes through all its calls (and is 0 where
-            the sampler clips). Hand videos, tiny, after the same 200 of 800 steps: shuffle_ratio 1.07 against
-            1.16 with one call, z_std 0.36 against 0.57, 1.15 s a step against 0.75: hence 1 by default
-    then, as in every policy, standardised over the batch and tanh. The noise is drawn anew at every call in
-    training; in eval mode it is obs["noise"], else always the same, so that z_std is that of observations.
+    The latent action is ^a of one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM:
+    x - ^e of one call, without a bound. Then, as in every policy, standardised over the batch and tanh. The
+    noise is drawn anew at every call in training; in eval mode it is obs["noise"], else always the same, so
+    that z_std is that of observations. (Unrolling the whole sampler instead was measured to be worse.)
     """
-    SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256, latent_calls=1),
-             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32, latent_calls=1)}
+    SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256),
+             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32)}
     CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # original: executes 8 of 16. UPSTREAM: averages live chunks
     STEPS, SAMPLER_STEPS, DRAWS = 100, 10, 8
 
@@ -694,14 +759,8 @@ class DiffusionPolicy(Policy):
     def latent_actions(self, obs):
         self.check_latent()
         condition, x = self.encode(obs), self.noise(obs, self.config["latent_dim"])
-
-        def velocity(x, tau):
-            return self.velocity(x, tau, condition, latent=True)
-
-        if self.config["latent_calls"] > 1:
-            return self.squash(self.sample(x, self.config["latent_calls"], velocity))
         tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
-        return self.squash(self.split(x, tau, velocity(x, tau))[0])
+        return self.squash(self.split(x, tau, self.velocity(x, tau, condition, latent=True))[0])
 
     def loss(self, batch):
         """L = E |v - v_theta(sqrt(ab) a + sqrt(1 - ab) e, tau, o)|^2 of the valid steps: batch -> scalar,
@@ -792,6 +851,413 @@ def masked_mean(x, is_pad):
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
+# ---- world model: sizes and layers --------------------------------------------------------------------------
+
+# DreamerV3's own table (Hafner et al. 2023, App.): 32 categorical variables throughout. Names are those of
+# whole agents; what the world model alone has is printed by `python models.py`.
+WORLD_MODEL_SIZES = {
+    "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
+    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
+    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),
+    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),
+    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # the paper's
+    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),
+    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),
+}
+
+
+class BlockLinear(nn.Module):
+    """Block-diagonal linear map: (B, blocks, c_in) -> (B, blocks, c_out). One block: a plain linear layer."""
+
+    def __init__(self, blocks, c_in, c_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(blocks, c_in, c_out) / math.sqrt(c_in))
+        self.bias = nn.Parameter(torch.zeros(blocks, c_out))
+
+    def forward(self, x):
+        return torch.einsum("bgi,gio->bgo", x, self.weight) + self.bias
+
+
+def dense(c_in, c_out):
+    """Linear, RMSNorm, SiLU: the layer of every MLP in DreamerV3."""
+    return nn.Sequential(nn.Linear(c_in, c_out), nn.RMSNorm(c_out, eps=1e-4), nn.SiLU())
+
+
+def unimix(logits, share=0.01):
+    """Log-probs with 1 % of the uniform distribution in them: no probability is 0 and KL stays finite."""
+    k = logits.shape[-1]
+    return torch.log((1 - share) * logits.softmax(-1) + share / k)
+
+
+def kl_categorical(p, q):
+    """KL(p || q) of S independent categoricals given log-probs (..., S, K) -> (...,), in nats."""
+    return (p.exp() * (p - q)).sum((-1, -2))
+
+
+def sample_straight_through(log_probs):
+    """One-hot sample forward, gradient of the probabilities backward: (..., S, K) -> (..., S, K)."""
+    gumbel = -torch.log(-torch.log(torch.rand_like(log_probs).clamp(1e-9, 1 - 1e-7)))
+    one_hot = F.one_hot((log_probs + gumbel).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
+    probs = log_probs.exp()
+    return one_hot + probs - probs.detach()
+
+
+# ---- world model: the state ---------------------------------------------------------------------------------
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model of DreamerV3. State {"deter": (B, D), "stoch" and "logits": (B, S, K)}.
+
+    sequence model  h_k+1 = f(h_k, s_k, a_k)         block GRU                 (Eq. 1)
+    posterior       s_k ~ q(s_k | h_k, o_k)          sees the frame            (Eq. 2)
+    prior           s_k ~ p(s_k | h_k)               must guess it             (Eq. 3)
+    """
+
+    def __init__(self, size, embed_dim, action_dim):
+        super().__init__()
+        deter, hidden, self.blocks = size["deter"], size["hidden"], size["blocks"]
+        self.deter, self.stoch, self.classes = deter, size["stoch"], size["classes"]
+        flat = self.stoch * self.classes
+        self.in_deter, self.in_stoch, self.in_action = (
+            dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden))
+        self.hidden = BlockLinear(self.blocks, deter // self.blocks + 3 * hidden, deter // self.blocks)
+        self.hidden_norm = nn.RMSNorm(deter, eps=1e-4)
+        self.gates = BlockLinear(self.blocks, deter // self.blocks, 3 * deter // self.blocks)
+        self.posterior_net = nn.Sequential(dense(deter + embed_dim, hidden), nn.Linear(hidden, flat))
+        self.prior_net = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), nn.Linear(hidden, flat))
+
+    def initial(self, batch, device):
+        """h = 0, s = 0, before any frame."""
+        return {"deter": torch.zeros(batch, self.deter, device=device),
+                "stoch": torch.zeros(batch, self.stoch, self.classes, device=device)}
+
+    def sequence(self, state, action):
+        """h_k+1 = f(h_k, s_k, a_k) (Eq. 1): state, (B, Z) -> (B, D)."""
+        b, deter = len(action), state["deter"]
+        # DreamerV3 shrinks actions beyond [-1, 1]; latents are inside by their tanh, raw actions may not be.
+        action = action / action.abs().clamp(min=1).detach()
+        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
+                       self.in_action(action)], -1)
+        x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all inputs
+        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 3 hidden)
+        x = F.silu(self.hidden_norm(self.hidden(x).flatten(1))).view(b, self.blocks, -1)
+        reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]  # (B, D) each
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)                                            # starts by remembering
+        return update * candidate + (1 - update) * deter
+
+    def _state(self, deter, logits):
+        logits = unimix(logits.view(-1, self.stoch, self.classes))
+        return {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
+
+    def prior(self, deter):
+        """p(s | h) (Eq. 3): (B, D) -> state."""
+        return self._state(deter, self.prior_net(deter))
+
+    def posterior(self, deter, embed):
+        """q(s | h, o) (Eq. 2): (B, D), (B, embed) -> state."""
+        return self._state(deter, self.posterior_net(torch.cat([deter, embed], -1)))
+
+
+def stack_states(states):
+    """List of T states of (B, ...) -> one state of (B, T, ...)."""
+    return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
+
+
+# ---- world model: what is predicted -------------------------------------------------------------------------
+
+# name: (channels per view, how often height and width are halved). The paper: pixels; features and flow are
+# its own future work (Sec. V). None needs a download.
+TARGETS = {"pixels": (3, 0), "difference": (3, 0), "features": (9, 2), "flow": (2, 1)}
+
+
+def targets(images, kind):
+    """What o_t+1 ... o_t+n are to be predicted as -> still (B, 1, C, h, w), future (B, n, C, h, w).
+
+    images      (B, n+1, 3V, H, W) uint8, V views; `still` is what a video that stands still would show
+    pixels      the frames, in [0, 1]
+    difference  o_k - o_t, in [-1, 1]: the scene need not be drawn
+    features    histograms of oriented gradients (MaskFeat, Wei et al. 2022): edges, no colours, no light
+    flow        optical flow o_k-1 -> o_k (Farneback 2003), in pixels of the half-size picture
+    """
+    frames = images.float() / 255
+    if kind == "pixels":
+        return frames[:, :1], frames[:, 1:]
+    if kind == "difference":
+        return torch.zeros_like(frames[:, :1]), frames[:, 1:] - frames[:, :1]
+    grey = frames.unflatten(2, (-1, 3)).mean(3)                                       # (B, n+1, V, H, W)
+    if kind == "features":
+        cells = oriented_gradients(grey)
+        return cells[:, :1], cells[:, 1:]
+    flow = optical_flow(grey)
+    return torch.zeros_like(flow[:, :1]), flow
+
+
+def oriented_gradients(grey, cell=4):
+    """Histogram over 9 orientations of the gradients in each cell, of length 1 unless the cell is flat:
+    (B, T, V, H, W) in [0, 1] -> (B, T, 9V, H/4, W/4)."""
+    x = F.pad(grey.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")            # (B*T*V, 1, H+2, W+2)
+    dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    # A quarter of a bin ahead: upright and level edges, which are many, lie on no border between bins.
+    bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
+    strength = torch.hypot(dx, dy)
+    votes = torch.zeros_like(strength).expand(-1, 9, -1, -1).clone().scatter_(1, bins, strength)
+    cells = F.avg_pool2d(votes, cell)                                                 # (B*T*V, 9, H/4, W/4)
+    cells = cells / (cells.norm(dim=1, keepdim=True) + 0.05)
+    return cells.unflatten(0, grey.shape[:3]).flatten(2, 3)
+
+
+def optical_flow(grey):
+    """(B, n+1, V, H, W) in [0, 1] -> (B, n, 2V, H/2, W/2): x and y of each point of each view, on the CPU."""
+    half = F.avg_pool2d(grey.flatten(0, 2)[:, None], 2)[:, 0].unflatten(0, grey.shape[:3])
+    half = (255 * half).to("cpu", torch.uint8).numpy()                                # (B, n+1, V, H/2, W/2)
+    flow = [[[cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 9, 3, 5, 1.1, 0)
+              for before, after in zip(clip[k], clip[k + 1])] for k in range(len(clip) - 1)] for clip in half]
+    return torch.from_numpy(np.array(flow)).to(grey.device).movedim(-1, 3).flatten(2, 3)
+
+
+# ---- world model: the model ---------------------------------------------------------------------------------
+
+
+class ToImage(nn.Module):
+    """(B, 16 C) -> (B, C, 4, 4), channels last in memory."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        return x.view(-1, 4, 4, self.channels).permute(0, 3, 1, 2)
+
+
+def convolutions(c_in, channels):
+    """Halves height and width at every layer: (B, c_in, H, W) -> (B, channels[-1] * h * w)."""
+    layers = []
+    for c in channels:
+        # ASSUMPTION: normalised over channels and pixels together (DreamerV3: RMS per pixel): a fused kernel.
+        layers += [nn.Conv2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
+        c_in = c
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def image_channels(size, image_size):
+    """Channels of the layers that bring an image down to 4 x 4."""
+    stages = int(math.log2(image_size)) - 2
+    if 4 * 2 ** stages != image_size or not 2 <= stages <= 5:
+        raise InputError(f"the world model takes images of 16, 32, 64 or 128 pixels, got {image_size}")
+    # DreamerV3's multipliers for 64 pixels; ASSUMPTION: a thin stage more for 128 (paper: not said).
+    return [WORLD_MODEL_SIZES[size]["depth"] * m for m in (1, 2, 3, 4, 4)[-stages:]]
+
+
+class WorldModel(nn.Module):
+    """RSSM with convolutional encoder and decoder, trained to predict o_t+1 ... o_t+n from o_t and n actions.
+
+    It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts
+    the roll), then every action acts, the first one included.
+    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used; and it copies the
+    actions with torch.tensor(), which detaches them: no gradient reaches the policy.
+
+    config, plain data:
+        size           name in WORLD_MODEL_SIZES
+        image_size     16, 32, 64 or 128
+        action_dim     Z
+        predict        posterior  reconstruct from states that have seen the frame (the paper, DreamerV3)
+                       prior      reconstruct open loop: from o_t and the actions alone
+                       both       sum of the two
+        target         what is reconstructed, see TARGETS (pixels = the paper)
+        motion_weight  extra weight of what differs from standing still (0 = the paper)
+        free_bits      nats of KL that cost nothing (1 = DreamerV3)
+        decode_steps   frames per window that are decoded in a training step, drawn at random (0 = all n, the
+                       paper): same expectation of the loss and its gradient, at less than half the cost
+        context_frame  False: o_t is not seen, the roll starts at h = 0, s = 0
+        views          V, cameras side by side in the channels (1 = the paper)
+        dyn_scale      weight of the KL that trains the prior (0.5; UPSTREAM and DreamerV3: the same)
+        rep_scale      weight of the KL that trains the posterior (0.1; UPSTREAM and DreamerV3: the same)
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        size, width = WORLD_MODEL_SIZES[config["size"]], 3 * config["views"]
+        channels = image_channels(config["size"], config["image_size"])
+        embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
+        self.encoder = convolutions(width, channels)
+        self.rssm = RSSM(size, embed, config["action_dim"])
+        c_out, halved = TARGETS[config["target"]]
+        if halved > len(channels) - 1:
+            raise InputError(f"target {config['target']} is too small to draw for images of "
+                             f"{config['image_size']} pixels: take larger ones, or --target pixels")
+        layers, c_in = [nn.Linear(feature, embed), ToImage(channels[-1])], channels[-1]
+        for c in channels[-2::-1][:len(channels) - 1 - halved]:
+            layers += [nn.ConvTranspose2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
+            c_in = c
+        layers.append(nn.ConvTranspose2d(c_in, c_out * config["views"], 4, 2, 1))
+        self.decoder = nn.Sequential(*layers, nn.Sigmoid() if config["target"] == "pixels" else nn.Identity())
+        self.to(memory_format=torch.channels_last)                                    # twice as fast on a CPU
+
+    def embed(self, images):
+        """(B, T, 3V, H, W) uint8 -> (B, T, embed)."""
+        b, t = images.shape[:2]
+        x = images.flatten(0, 1).float() / 255 - 0.5                                  # (B*T, 3V, H, W)
+        return self.encoder(x.contiguous(memory_format=torch.channels_last)).view(b, t, -1)
+
+    def decode(self, state):
+        """State of (..., D), (..., S, K) -> the target (..., C, h, w), for pixels in [0, 1]."""
+        features = self.features(state)
+        lead = features.shape[:-1]
+        return self.decoder(features.flatten(0, -2)).unflatten(0, lead)
+
+    def features(self, state):
+        return torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)            # (..., D + S*K)
+
+    def context(self, embed):
+        """Posterior of the first frame, (B, embed) -> state: where every roll starts."""
+        start = self.rssm.initial(len(embed), embed.device)
+        return self.rssm.posterior(start["deter"], embed) if self.config["context_frame"] else start
+
+    def observe(self, images, actions):
+        """Filter: (B, n+1, 3V, H, W) uint8, (B, n, Z) -> start state (B, ...), posteriors and priors of
+        k = 1 ... n (B, n, ...)."""
+        assert images.shape[1] == actions.shape[1] + 1, (
+            f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}")
+        embed = self.embed(images)
+        start = state = self.context(embed[:, 0])
+        posteriors, priors = [], []
+        for k in range(actions.shape[1]):
+            deter = self.rssm.sequence(state, actions[:, k])                          # a_k takes o_k to o_k+1
+            prior, state = self.rssm.prior(deter), self.rssm.posterior(deter, embed[:, k + 1])
+            priors.append(prior)
+            posteriors.append(state)
+        return start, stack_states(posteriors), stack_states(priors)
+
+    def imagine(self, state, actions):
+        """Open loop: start state (B, ...), (B, n, Z) -> priors (B, n, ...) of k = 1 ... n, no frame seen
+        after the first."""
+        states = []
+        for k in range(actions.shape[1]):
+            state = self.rssm.prior(self.rssm.sequence(state, actions[:, k]))
+            states.append(state)
+        return stack_states(states)
+
+    def losses(self, images, actions, predict=None, decode_steps=None):
+        """Every term before reduction: {name: (B, n)}; total() adds up those that the config asks for.
+
+        predict and decode_steps are the config's, unless given.
+        """
+        predict = predict or self.config["predict"]
+        n = actions.shape[1]
+        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
+        start, posteriors, priors = self.observe(images, actions)
+        drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
+        still, future = targets(images, self.config["target"])                        # (B, 1|n, C, h, w)
+        future = future[:, drawn]                                                     # (B, m, C, h, w)
+        # DEVIATION: what differs from standing still weighs more: most of a picture is table.
+        weight = (1 + self.config["motion_weight"]
+                  * (future - still).abs().mean(2, keepdim=True))                     # (B, m, 1, h, w)
+
+        def spread(error):                                     # (B, m, C, h, w) -> (B, n), the rest is 0
+            error = error.sum((2, 3, 4)) * (n / decode_steps)
+            return error.new_zeros(len(error), n).index_copy(1, drawn, error)
+
+        terms = {"still": spread((still - future) ** 2)}       # of standing still, for report
+        if self.config["context_frame"]:
+            # ASSUMPTION: o_t itself is drawn as well (DreamerV3 draws every frame): the scene must come from
+            # the context, so that the latents are left with what changes in it.
+            error = (self.decode(start) - still[:, 0]) ** 2                           # (B, C, h, w)
+            terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)            # (B, n), all the same
+
+        def predicted(name, states):
+            error = (self.decode({k: v[:, drawn] for k, v in states.items()}) - future) ** 2
+            terms[name] = spread(weight * error)
+            if name == "open_loop":
+                terms["open_loop_plain"] = spread(error.detach())                     # for report
+
+        if predict in ("posterior", "both"):
+            predicted("recon", posteriors)                     # (Eq. 4) decoder, (Eq. 5) first term
+        if predict in ("prior", "both"):
+            # DEVIATION: the open-loop term. From the posterior alone a frame can be drawn without its action:
+            # the posterior has seen it; only the KL then asks for actions, below the free bits not even that.
+            predicted("open_loop", self.imagine(start, actions))
+        post, prior = posteriors["logits"], priors["logits"]                # (B, n, S, K)
+        terms["kl_dyn"] = kl_categorical(post.detach(), prior)              # moves the prior to what was seen
+        terms["kl_rep"] = kl_categorical(post, prior.detach())              # keeps the posterior predictable
+        return terms
+
+    def loss(self, images, actions, is_pad):
+        """Negative evidence bound of the video given the actions (Eq. 5) -> scalar, {name: float}.
+
+        images  (B, n+1, 3V, H, W) uint8  o_t ... o_t+n
+        actions (B, n, Z)                 gradients flow into them: this is how pretraining teaches the policy
+        is_pad  (B, n) bool               True where o_k+1 is a repeated last frame; those steps count nowhere
+        L = |o_t - ^o_t|^2 + mean_k |o_k - ^o_k|^2
+            + 0.5 max(1, KL[sg q || p]) + 0.1 max(1, KL[q || sg p])                                 (Eq. 5)
+        """
+        terms = self.losses(images, actions)
+        logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items() if name != "still"}
+        return masked_mean(self.total(terms), is_pad), logs
+
+    def total(self, terms):
+        """The weighted sum of (Eq. 5), step by step: {name: (B, n)} -> (B, n)."""
+        free = self.config["free_bits"]
+        kl = (self.config["dyn_scale"] * terms["kl_dyn"].clamp(min=free)
+              + self.config["rep_scale"] * terms["kl_rep"].clamp(min=free))
+        wanted = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
+        wanted = wanted[self.config["predict"]]
+        return kl + sum(terms[name] for name in ("context", *wanted) if name in terms)
+
+    def picture(self, prediction, first):
+        """A prediction as something to look at, main view: (..., C, h, w), o_t (B, 3, H, W) in [0, 1] ->
+        (B, ..., 3, H, W) in [0, 1]. Features: strength of all edges; flow: x red, y green, grey stands."""
+        kind, main = self.config["target"], TARGETS[self.config["target"]][0]
+        x = prediction[..., :main, :, :]
+        if kind == "difference":
+            x = x + first[:, None]
+        elif kind == "features":
+            x = x.norm(dim=-3, keepdim=True).expand(*x.shape[:-3], 3, -1, -1)
+        elif kind == "flow":
+            x = torch.cat([x / 8 + 0.5, torch.full_like(x[..., :1, :, :], 0.5)], -3)
+        lead = x.shape[:-3]
+        return F.interpolate(x.flatten(0, -4), first.shape[-2:]).unflatten(0, lead).clamp(0, 1)
+
+
+def shuffled_within(groups, generator):
+    """A permutation giving every row another row of its group -> (index (B,), has a partner (B,) bool)."""
+    index, paired = torch.arange(len(groups)), torch.zeros(len(groups), dtype=torch.bool)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        index[rows], paired[rows] = rows.roll(1), len(rows) > 1
+    return index, paired
+
+
+# ---- world model: the other source of latent actions --------------------------------------------------------
+
+
+class InverseDynamics(nn.Module):
+    """z_k from the frames that it lies between, o_k and o_k+1, as in LAPA (Ye et al. 2024) or villa-X: the
+    paper's comparison (Table III). It sees the future, so a policy must then learn to predict its latents.
+
+    config: the world model's. Bounded as the policies' are: standardised over the batch (padded pairs too, a
+    few at the ends of episodes), then tanh.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        channels = image_channels(config["size"], config["image_size"])
+        self.encoder = convolutions(6 * config["views"], channels)
+        self.out = nn.Linear(16 * channels[-1], config["action_dim"], bias=False)
+        self.norm = nn.BatchNorm1d(config["action_dim"], affine=False)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        """(B, n+1, 3V, H, W) uint8 -> (B, n, Z) in (-1, 1)."""
+        b, n = images.shape[0], images.shape[1] - 1
+        x = images.float() / 255 - 0.5
+        pairs = torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1)                     # (B*n, 6V, H, W)
+        z = self.out(self.encoder(pairs.contiguous(memory_format=torch.channels_last)))
+        return torch.tanh(self.norm(z)).view(b, n, -1)
+
+
 # ---- 6 chunk execution -----------------------------------------------------------------------------------
 
 
@@ -827,6 +1293,46 @@ class ActionChunker:
         return self.execute is None or not self.live
 
 
+# ---- 7 probes ---------------------------------------------------------------------------------------------
+
+
+def ridge_probe(X, Y, X_test, episode, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
+    """Linear probe: ridge regression of X (N, dx) to Y (N, dy), both float64 -> predictions (N_test, dy).
+
+    Columns are standardised on the training rows. The ridge is chosen by cross-validation over the episodes
+    that the rows belong to, episode (N,): rows of one episode resemble each other and must not be split. All
+    ridges share one eigendecomposition X'X = V diag(l) V': w = V (V'X'Y / (l + ridge * N)). With a single
+    episode there is nothing to validate on; the ridge is then 1.
+    """
+    mean_x, mean_y, std_x, std_y = X.mean(0), Y.mean(0), X.std(0), Y.std(0)
+    std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column says nothing: it becomes 0
+    std_y = np.where(std_y > 1e-8, std_y, 1)
+    x, y = (X - mean_x) / std_x, (Y - mean_y) / std_y
+
+    def solve(x, y, ridges):
+        l, V = np.linalg.eigh(x.T @ x)
+        Vxy = V.T @ (x.T @ y)
+        return [V @ (Vxy / (l.clip(min=0) + ridge * len(x))[:, None]) for ridge in ridges]
+
+    episodes, which = np.unique(episode, return_inverse=True)
+    ridge = 1.0
+    if len(episodes) > 1:
+        count = min(5, len(episodes))
+        fold = (np.random.default_rng(0).permutation(len(episodes)) % count)[which]                 # (N,)
+        errors = np.zeros(len(ridges))
+        for k in range(count):
+            weights = solve(x[fold != k], y[fold != k], ridges)
+            errors += [((y[fold == k] - x[fold == k] @ w) ** 2).sum() for w in weights]
+        ridge = ridges[int(errors.argmin())]
+    return ((X_test - mean_x) / std_x) @ solve(x, y, [ridge])[0] * std_y + mean_y
+
+
+def r_squared(predicted, true):
+    """Share of the variance that is predicted: (N, dy), (N, dy) -> (dy,); nan where true is constant."""
+    varies, total = true.std(0) > 1e-8, ((true - true.mean(0)) ** 2).sum(0)
+    return np.where(varies, 1 - ((true - predicted) ** 2).sum(0) / np.where(varies, total, 1), np.nan)
+
+
 # ---- 7 checkpoints ---------------------------------------------------------------------------------------
 
 
@@ -844,6 +1350,67 @@ def write_atomically(path, data):
         raise
 
 
+def write_json(path, value):
+    """Plain JSON with sorted keys, atomically: the same content is the same bytes."""
+    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path):
+    """Content of a JSON file. InputError when it is not one; OSError when it cannot be read."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not a JSON file ({error}): fetch or make it again") from None
+
+
+def append_line(path, line):
+    """Append a dict to a .jsonl file; it is on the disk when this returns."""
+    with open(path, "a") as f:
+        f.write(json.dumps(line) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_lines(path):
+    """Lines of a .jsonl file -> [dict]; no file, no lines. InputError for a line that is not JSON.
+
+    A process that was killed may have left half a line at the end: it is cut off the file, too.
+    """
+    path = Path(path)
+    raw = path.read_bytes() if path.exists() else b""
+    whole = raw[:raw.rfind(b"\n") + 1]
+    if whole != raw:
+        with open(path, "r+b") as f:
+            f.truncate(len(whole))
+    lines = []
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise InputError(f"{path} line {number} is not JSON: --overwrite, or another --out") from None
+    return lines
+
+
+def check_free(folder, held, args):
+    """InputError when `held` says that the output folder is in use, and neither --resume nor --overwrite."""
+    if held and not (args.resume or args.overwrite):
+        raise InputError(f"{folder} is in use: --resume continues what is there, --overwrite replaces it, "
+                         "--out names another folder")
+
+
+def check_same(where, before, now, free=()):
+    """InputError that names the first setting in which two dicts differ, but for the names in `free`."""
+    def short(value):
+        return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+    for name in sorted((before.keys() | now.keys()) - set(free)):
+        if before.get(name) != now.get(name):
+            raise InputError(f"{where} was made with {name} {short(before.get(name))}, now it is "
+                             f"{short(now.get(name))}: --resume needs the same settings, --overwrite starts "
+                             "afresh, --out names another folder")
+
+
 def save_checkpoint(path, checkpoint):
     """Write a dict of plain data and tensors, atomically; it loads with weights_only."""
     buffer = io.BytesIO()
@@ -857,18 +1424,28 @@ def load_checkpoint(path):
         raise InputError(f"no checkpoint at {path}: run the stage before this one, or name it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage = checkpoint["stage"]
+        stage, config = checkpoint["stage"], checkpoint["config"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError,
             AttributeError) as e:
         raise InputError(f"{path} is not a checkpoint of this project: expected the last.pt of pretrain.py "
                          f"or finetune.py ({type(e).__name__} while loading)") from e
     assert stage in ("pretrain", "finetune"), stage
+    if "text_encoder" not in config:
+        raise InputError(f"{path} was written by an older version of this project: train it again")
     return checkpoint
 
 
-def load_policy(path, device="cpu"):
-    """-> policy in eval mode, checkpoint. The architecture is the file's; weights must fit it."""
+def load_policy(path, device="cpu", stage=None):
+    """-> policy in eval mode, checkpoint. The architecture is the file's; weights must fit it. InputError.
+
+    stage  "pretrain" or "finetune": which of the two it must be, None = either
+    """
     checkpoint = load_checkpoint(path)
+    if stage not in (None, checkpoint["stage"]):
+        raise InputError(f"{path} has been finetuned on actions: give a checkpoint of pretrain.py"
+                         if stage == "pretrain" else
+                         f"{path} has been pretrained on video and has no actions yet: "
+                         f"python finetune.py --init {path}")
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
         raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): "
@@ -924,18 +1501,13 @@ def open_run(args, free):
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():
         checkpoint = load_checkpoint(last)
-        for name, value in vars(args).items():
-            if name not in free and value != checkpoint["args"].get(name):
-                raise InputError(f"{last} was made with --{name.replace('_', '-')} "
-                                 f"{checkpoint['args'].get(name)}, now it is {value}: give --resume the same "
-                                 "flags, or another --out")
+        before, now = ({"--" + name.replace("_", "-"): value for name, value in flags.items()
+                        if name not in free} for flags in (checkpoint["args"], vars(args)))
+        check_same(last, before, now)
         return checkpoint
     if args.resume and not out.exists():
         raise InputError(f"nothing to resume in {out}: leave --resume out, or name the run with --out")
-    held = any((out / name).exists() for name in ("last.pt", "metrics.jsonl"))
-    if held and not (args.overwrite or args.resume):
-        raise InputError(f"{out} already holds a run: --resume goes on with it, --overwrite throws it away, "
-                         "--out puts this one elsewhere")
+    check_free(out, any((out / name).exists() for name in ("last.pt", "metrics.jsonl")), args)
     return None
 
 
@@ -951,14 +1523,12 @@ class Log:
         if not start:
             (Path(out) / "last.pt").unlink(missing_ok=True)
             shutil.rmtree(Path(out) / "tensorboard", ignore_errors=True)
-        lines = self.path.read_text().splitlines() if start else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        kept = [line for line in read_lines(self.path) if line["step"] <= start] if start else []
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=start + 1 if start else None)
 
     def __call__(self, step, metrics):
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_line(self.path, {"step": step, **metrics})
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
@@ -966,9 +1536,10 @@ class Log:
 
 
 def to_device(tree, device):
-    """Nested dict of tensors -> the same on the device."""
-    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device, non_blocking=True)
-            for k, v in tree.items()}
+    """Nested dict of tensors -> the same on the device; what is no tensor (words) stays as it is."""
+    if isinstance(tree, dict):
+        return {k: to_device(v, device) for k, v in tree.items()}
+    return tree.to(device, non_blocking=True) if isinstance(tree, torch.Tensor) else tree
 
 
 def by_position(obs, cameras):
@@ -1036,6 +1607,13 @@ def provenance():
                        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"}
 
 
+def markdown_table(rows):
+    """Rows of strings, the first one the heading -> a Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
 def count(module):
     """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters())
@@ -1051,8 +1629,6 @@ RELEASE = {("baku", "paper"): 7_712_006, ("diffusion", "paper"): 51_138_759,
 
 def main():
     from torch.utils.flop_counter import FlopCounterMode
-
-    from world_model import WORLD_MODEL_SIZES, WorldModel
 
     def flops(module, call):
         module.requires_grad_(False)
@@ -1073,11 +1649,11 @@ def main():
         for size, numbers in cls.SIZES.items():
             image_size = 64 if size == "tiny" else 128
             config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=cls.CHUNK,
-                          text_dim=512, proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
+                          text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
                           head="action", proprio_dropout=0.0, **numbers)
             policy = make_policy(config).eval()
             image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-            obs = {"images": {"front": image, "side": image}, "instruction": torch.zeros(1, 512),
+            obs = {"images": {"front": image, "side": image}, "instruction": ["stack the cups"],
                    "proprio": torch.zeros(1, 7)}
             line(name, size, image_size, cls.CHUNK, policy, flops(policy, lambda: policy.act(obs)))
     for size in WORLD_MODEL_SIZES:                  # the loss of a window of 10 steps, the paper's objective
@@ -1085,7 +1661,7 @@ def main():
         with torch.device("meta"):
             model = WorldModel(dict(size=size, image_size=image_size, action_dim=7, predict="posterior",
                                     target="pixels", motion_weight=0, free_bits=1, decode_steps=0,
-                                    context_frame=True, mask=0.0, views=1, proprio_dim=None))
+                                    context_frame=True, views=1, dyn_scale=0.5, rep_scale=0.1))
             frames = torch.zeros(1, 11, 3, image_size, image_size, dtype=torch.uint8)
             cost = flops(model, lambda: model.losses(frames, torch.zeros(1, 10, 7)))
         line("world model", size, image_size, 10, model, cost)
