@@ -8,7 +8,6 @@
     python prepare_data.py videos --input my_clips --captions my_clips.csv
     python prepare_data.py ssv2 --input /data/ssv2 --check          # read everything, write nothing
     python prepare_data.py inspect data/robot                       # numbers, and a contact sheet to look at
-    python prepare_data.py embed --data data/ssv2 --text-encoder minilm
 
 A run may be killed at any moment: the same command with --resume goes on where it stopped and ends in the
 same bytes, whatever --workers is. What cannot be used is a line of rejects.jsonl, with the reason; more than
@@ -29,7 +28,6 @@ without it is not a dataset. Shard k covers a fixed run of the source's items. N
     images/<camera>/offset   (N+1,) int64                 frame i is jpg[offset[i]:offset[i+1]]
     episode_start            (E+1,) int64                 episode e is frames start[e]:start[e+1]
     name, instruction        (E,) str                     instruction: JSON list of annotations, first counts
-    instruction_embedding    (E, L) float32               of the first annotation, by attrs' text_encoder
     fps                      (E,) float32                 frames per second
     actions, proprio         (N, A), (N, P) float32       absent for video; the row of an episode's last frame
                                                           is the hold action (changes zero, rest repeated)
@@ -85,9 +83,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import InputError, TextEncoder, file_hash, run, write_atomically
+from models import InputError, file_hash, read_json, run, shrink, write_atomically, write_json
 
-FORMAT_VERSION = 2       # 2: attributes say which numbers of an action are changes per step
+FORMAT_VERSION = 3       # 3: instructions are words, which the policy embeds
 MAX_REJECTED = 0.05       # share of rejected items above which the exit status says so
 VIDEO_CAMERA = "front"    # the one camera of a video: the robot's first, so that finetuning carries it over
 SSV2_CLIPS, SSV2_LABELS = "20bn-something-something-v2", "20bn-something-something-download-package-labels"
@@ -139,20 +137,6 @@ def one_line(error):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
-def write_json(path, value):
-    """Plain JSON with sorted keys: the same content is the same bytes."""
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path):
-    """Content of a JSON file; InputError that names the file when it is none."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not a JSON file ({error}): fetch or make it again") from None
-
 
 def walk(root):
     """os.walk that follows links, passes over datasets of ours, and hides no folder that it may not list."""
@@ -212,23 +196,6 @@ def encode_frame(bgr):
     """(H, W, 3) uint8 BGR -> JPEG bytes. 4:4:4: halving the colour planes of a small picture costs 2.6 dB."""
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
                                       cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444])[1].tobytes()
-
-
-def shrink(frame, size, rule):
-    """(H, W, 3) uint8 -> (size, size, 3). squash changes the aspect ratio, crop keeps the centre square.
-
-    UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and aliases. Here every
-    pixel counts (bilinear, antialiased); torch does that four times as fast as OpenCV's INTER_AREA.
-    """
-    if rule == "crop":
-        side = min(frame.shape[:2])
-        top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
-        frame = frame[top:top + side, left:left + side]
-    if frame.shape[:2] != (size, size):
-        image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]     # (1, 3, H, W)
-        image = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
-        return cv2.merge([plane.numpy() for plane in image[0]])
-    return np.ascontiguousarray(frame)
 
 
 def decode_image(data, size):
@@ -1506,11 +1473,10 @@ def convert(args):
         arguments.pop(key, None)                                 # these may differ when a run goes on
     if claim_output(args.out, arguments, "dataset.json", args):
         return 0.0
-    encoder = TextEncoder(args.text_encoder)
     stated = {key: arguments.pop(key) for key in ("format_version", "source", "image_size", "resize")}
     extra = {key: value for key, value in arguments.items()
-             if key not in ("input", "captions", "text_encoder", "items")}
-    about = {**stated, "flip": "none", **about, "text_encoder": encoder.name, "text_dim": encoder.dim,
+             if key not in ("input", "captions", "items")}
+    about = {**stated, "flip": "none", **about,
              "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]",
              "extra": extra}
     size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))
@@ -1530,7 +1496,7 @@ def convert(args):
                 else:
                     episodes.append({"name": name, **result})
                 bar.update()
-            write_shard(path, about, episodes, rejects, encoder)
+            write_shard(path, about, episodes, rejects)
     return finish(args.out, about, list(shards), len(items))
 
 
@@ -1572,7 +1538,7 @@ def check_episode(episode, about):
     return episode
 
 
-def write_shard(path, about, episodes, rejects, encoder):
+def write_shard(path, about, episodes, rejects):
     """One shard, put together in memory and written in one go: a full disk is then a plain OSError. Takes the
     images out of the episodes on the way: there is never a second copy of them."""
     buffer = io.BytesIO()
@@ -1590,7 +1556,6 @@ def write_shard(path, about, episodes, rejects, encoder):
             f[f"images/{camera}/offset"] = offset
         f["episode_start"] = np.cumsum([0] + lengths, dtype=np.int64)
         f["fps"] = np.array([episode["fps"] for episode in episodes], np.float32)
-        f["instruction_embedding"] = embed([episode["instructions"][0] for episode in episodes], encoder)
         for key, values in (("name", [episode["name"] for episode in episodes]),
                             ("instruction", [json.dumps(episode["instructions"]) for episode in episodes]),
                             ("rejects", [json.dumps(reject) for reject in rejects])):
@@ -1604,13 +1569,6 @@ def write_shard(path, about, episodes, rejects, encoder):
         for key in episodes[0].get("extra", {}) if episodes else ():
             f[f"extra/{key}"] = np.concatenate([episode["extra"][key] for episode in episodes])
     write_atomically(path, buffer.getbuffer())
-
-
-def embed(texts, encoder):
-    """E instructions -> (E, L) float32; each different one is encoded once."""
-    unique = sorted(set(texts))
-    rows = np.asarray(encoder(unique), np.float32) if unique else np.zeros((0, encoder.dim), np.float32)
-    return rows[[unique.index(text) for text in texts]] if unique else rows
 
 
 def finish(folder, about, paths, num_items):
@@ -1690,20 +1648,17 @@ class EpisodeDataset(torch.utils.data.Dataset):
     path            folder made by prepare_data.py
     chunk           n, actions per window; what reaches past the episode is padded, see the timeline above
     cameras         names, or a number: the first so many; None = all
-    future          V: also return o_t .. o_t+n of the first V cameras and the proprio, for the world model
+    future          V: also return o_t .. o_t+n of the first V cameras, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
                     instruction every tenth is val. So every task has its share, and so has data in which no
                     instruction comes twice
     demos_per_task  keep the first N episodes of the split for each instruction
-    fraction        keep this share of the episodes of the split, evenly spaced, one at least
-    text_encoder    name that the instructions must have been embedded with, None = any
     stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of their
                     changes (rotation vectors add up to first order) and the last of the other numbers
     labels          which of "actions" and "proprio" are returned, if stored
 
-    Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": (L,) f4, "proprio": (P,) f4 if stored},
-           "frames": (n+1, 3V, H, W) uint8 and "proprio": (n+1, P) f4 if future, "actions": (n, A) f4 if
-           stored, "is_pad": (n,) bool, "episode": int, "t": int, "instruction_id": int}.
+    Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": str, "proprio": (P,) f4 if stored},
+           "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool, "episode": int, "t": int, "instruction_id": int}.
     InputError for what the data cannot give.
 
     Everything in a shard lies contiguous, so a window is read with plain seeks at places noted once: no HDF5
@@ -1711,12 +1666,12 @@ class EpisodeDataset(torch.utils.data.Dataset):
     """
     MAX_OPEN = 128       # open shards per process: systems allow 1024 files, Something-Something makes 1726
 
-    def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, fraction=1.0,
-                 text_encoder=None, stride=1, labels=("actions", "proprio")):
+    def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None,
+                 stride=1, labels=("actions", "proprio")):
         self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
-        self.stats, self.fps, self.image_size, self.text_encoder, self.text_dim = (
-            self.attrs[key] for key in ("statistics", "fps", "image_size", "text_encoder", "text_dim"))
+        self.stats, self.fps, self.image_size = (
+            self.attrs[key] for key in ("statistics", "fps", "image_size"))
         self.labels = [key for key in labels if key in self.stats]
         self.action_dim, self.proprio_dim = (
             len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
@@ -1725,18 +1680,12 @@ class EpisodeDataset(torch.utils.data.Dataset):
         for camera in self.cameras:
             if camera not in known:
                 raise InputError(f"{path} has no camera {camera!r}, but {', '.join(known)}")
-        if text_encoder not in (None, self.text_encoder):
-            raise InputError(f"{path} was embedded with {self.text_encoder}, expected {text_encoder}: "
-                             f"python prepare_data.py embed --data {path} --text-encoder {text_encoder}")
         if stride < 1:
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._read_index([shard["file"] for shard in shards])
         if future > len(self.cameras):
             raise InputError(f"{path} has {len(self.cameras)} of the {future} cameras asked for")
         self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
-        if fraction < 1:
-            kept = np.linspace(0, len(self.episodes) - 1, max(1, round(fraction * len(self.episodes))))
-            self.episodes = self.episodes[kept.round().astype(int)]
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
@@ -1750,24 +1699,21 @@ class EpisodeDataset(torch.utils.data.Dataset):
     def _read_index(self, names):
         """Where everything lies, and the instruction of each episode: what is kept in memory."""
         self._paths = [os.path.join(self.path, name) for name in names]
-        rows, texts, self._where = [], [], []                    # (shard, number in it, first frame, frames)
+        rows, texts, self._where = [], [], []                    # (shard, first frame, frames)
         for k, path in enumerate(self._paths):
             if not os.path.exists(path):
                 raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
             with open_shard(path) as f:
-                if f.attrs["text_encoder"] != self.text_encoder:
-                    raise InputError(f"{path} is embedded with {f.attrs['text_encoder']}, dataset.json says "
-                                     f"{self.text_encoder}: embed was interrupted, run it again")
                 start = f["episode_start"][:].tolist()
                 texts += [json.loads(text)[0] for text in f["instruction"].asstr()[:]]
                 where = {key: (f[key].id.get_offset(), f[key].dtype, f[key].shape[1])
-                         for key in ["instruction_embedding", *self.labels] if key in f}
+                         for key in self.labels if key in f}
                 for camera in self.cameras:                      # places of its frames in the file
                     jpg, offset = f[f"images/{camera}/jpg"].id.get_offset(), f[f"images/{camera}/offset"][:]
                     where[camera] = offset + (jpg or 0)          # None: a shard of nothing but rejects
                 self._where.append(where)
-            rows += [(k, e, first, end - first) for e, (first, end) in enumerate(zip(start, start[1:]))]
-        self._place, self.lengths = np.array(rows)[:, :3], np.array(rows)[:, 3]
+            rows += [(k, first, end - first) for first, end in zip(start, start[1:])]
+        self._place, self.lengths = np.array(rows)[:, :2], np.array(rows)[:, 2]
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
 
@@ -1806,7 +1752,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return data
 
     def _rows(self, shard, key, first, count):
-        """Rows of instruction_embedding, actions or proprio -> (count, D) float32."""
+        """Rows of actions or proprio -> (count, D) float32."""
         place, dtype, width = self._where[shard][key]
         data = self._read(shard, place + first * width * dtype.itemsize, count * width * dtype.itemsize)
         return np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
@@ -1819,7 +1765,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         is trained on them may know. attrs["statistics"] are those of the whole dataset."""
         rows = []
         for episode in self.episodes:
-            shard, _, start = self._place[episode]
+            shard, start = self._place[episode]
             count = self.lengths[episode] - (key == "actions")           # not the hold action
             table = self._rows(shard, key, start, count)
             if key == "actions" and self.stride > 1:
@@ -1844,7 +1790,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def read_frames(self, episode, camera, first, count, stride=1):
         """Frames first, first+stride, ..., the last that exists repeated. (count, 3, H, W) uint8."""
-        shard, _, start = self._place[episode]
+        shard, start = self._place[episode]
         real = min(count, (self.lengths[episode] - 1 - first) // stride + 1)
         places = self._where[shard][camera][start + first:start + first + (real - 1) * stride + 2]
         data = np.frombuffer(self._read(shard, places[0], places[-1] - places[0]), np.uint8)
@@ -1864,24 +1810,18 @@ class EpisodeDataset(torch.utils.data.Dataset):
             raise IndexError(f"window {index} of {len(self)}")
         i, n, s = int(np.searchsorted(self._ends, index, side="right")), self.chunk, self.stride
         episode, t = int(self.episodes[i]), int(index - (self._ends[i - 1] if i else 0))
-        shard, number, start = map(int, self._place[episode])
+        shard, start = map(int, self._place[episode])
         last = int(self.lengths[episode]) - 1
         count = dict.fromkeys(self.cameras[:self.future], n + 1)
         images = {c: self.read_frames(episode, c, t, count.get(c, 1), s) for c in self.cameras}
-        embedding = self._rows(shard, "instruction_embedding", number, 1)[0]
         item = {"obs": {"images": {c: frames[0] for c, frames in images.items()},
-                        "instruction": torch.from_numpy(embedding)},
+                        "instruction": self.instructions[self.instruction_ids[episode]]},
                 "is_pad": t + s * torch.arange(1, n + 1) > last,         # (n,): step k ends at o_t+(k+1)s
                 "episode": episode, "t": t, "instruction_id": int(self.instruction_ids[episode])}
         if self.future:
             item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
         if "proprio" in self.labels:
-            end = min(t + n * s, last) if self.future else t
-            rows = self._rows(shard, "proprio", start + t, end + 1 - t)
-            item["obs"]["proprio"] = torch.from_numpy(rows[0])                               # (P,)
-            if self.future:
-                places = np.minimum(np.arange(n + 1) * s, (len(rows) - 1) // s * s)
-                item["proprio"] = torch.from_numpy(rows[places])                             # (n+1, P)
+            item["obs"]["proprio"] = torch.from_numpy(self._rows(shard, "proprio", start + t, 1)[0])   # (P,)
         if "actions" in self.labels:                                     # the last row is the hold action
             rows = self._rows(shard, "actions", start + t, min(t + n * s, last + 1) - t)
             rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
@@ -1898,7 +1838,7 @@ def even_strides(paths):
 class Mixture(torch.utils.data.Dataset):
     """Windows of several datasets as one: what the training scripts draw from, also where it is only one.
 
-    paths    folders made by prepare_data.py, of one image size and text encoder
+    paths    folders made by prepare_data.py, of one image size
     weights  share of the drawn windows that comes from each, to any scale; None: every window is as likely
     strides  frames per step of each; None: whole numbers that make a chunk span about as long as in the
              slowest (SSv2 12 fps, LIBERO 20, Bridge 5: strides 2, 4, 1). ASSUMPTION: the paper is silent
@@ -1918,7 +1858,7 @@ class Mixture(torch.utils.data.Dataset):
                       for path, stride in zip(paths, strides)]
         first = self.parts[0]
         for part in self.parts[1:]:
-            for key in ("image_size", "text_encoder", "action_dim", "proprio_dim"):
+            for key in ("image_size", "action_dim", "proprio_dim"):
                 if getattr(part, key) != getattr(first, key):
                     raise InputError(f"{part.path} has {key} {getattr(part, key)}, {first.path} has "
                                      f"{getattr(first, key)}: mix what agrees, or prepare one of them again")
@@ -1933,8 +1873,8 @@ class Mixture(torch.utils.data.Dataset):
         self._starts = np.cumsum([0] + [len(part) for part in self.parts])
         self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
         self.cameras, self.num_episodes = first.cameras, sum(part.num_episodes for part in self.parts)
-        self.image_size, self.text_encoder, self.text_dim, self.action_dim, self.proprio_dim = (
-            first.image_size, first.text_encoder, first.text_dim, first.action_dim, first.proprio_dim)
+        self.image_size, self.action_dim, self.proprio_dim = (
+            first.image_size, first.action_dim, first.proprio_dim)
         self.instructions = list(dict.fromkeys(text for part in self.parts for text in part.instructions))
         ids = {text: i for i, text in enumerate(self.instructions)}
         self._instruction_ids = [[ids[text] for text in part.instructions] for part in self.parts]
@@ -1995,30 +1935,10 @@ def film_twin(args):
         rejected = convert(argparse.Namespace(**{**vars(args), "out": places["robot"]}))
     if hand_args.hand_videos_per_task:
         ssv2 = build_parser().parse_args(["ssv2", "--input", places["hand_videos"], "--out", places["hand"]])
-        for key in ("image_size", "text_encoder", "workers", "resume", "overwrite"):
+        for key in ("image_size", "workers", "resume", "overwrite"):
             setattr(ssv2, key, getattr(args, key))
         rejected = max(rejected, film_hand_videos(hand_args, places["hand_videos"]), convert(ssv2))
     return rejected
-
-
-def embed_again(args):
-    """embed: replace the instruction embeddings, shard by shard. The same command finishes it."""
-    attrs, shards, _ = read_manifest(args.data)
-    encoder = TextEncoder(args.text_encoder)
-    for shard in tqdm(shards, args.data, unit="shard"):
-        path, buffer = os.path.join(args.data, shard["file"]), io.BytesIO()
-        with open_shard(path) as old, h5py.File(buffer, "w") as new:
-            new.attrs.update({**old.attrs, "text_encoder": encoder.name, "text_dim": encoder.dim})
-            for key in sorted(set(old) - {"instruction_embedding"}):
-                old.copy(key, new)
-            texts = [json.loads(text)[0] for text in old["instruction"].asstr()[:]]
-            new["instruction_embedding"] = embed(texts, encoder)
-        write_atomically(path, buffer.getbuffer())
-        shard["sha256"] = file_hash(path)
-    write_json(os.path.join(args.data, "dataset.json"),
-               {**attrs, "text_encoder": encoder.name, "text_dim": encoder.dim, "shards": shards})
-    print(f"{args.data}: {attrs['counts']['episodes']} instructions embedded with {encoder.name}")
-    return 0.0
 
 
 def inspect(args):
@@ -2096,10 +2016,9 @@ def build_parser(smoke=False):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     about = {"sim": "film the twin", "ssv2": "Something-Something v2", "bridge": "BridgeData V2, raw",
              "libero": "LIBERO's HDF5 files", "lerobot": "a LeRobotDataset v3",
-             "videos": "a folder of videos", "inspect": "numbers and a contact sheet",
-             "embed": "embed the instructions again"}
+             "videos": "a folder of videos", "inspect": "numbers and a contact sheet"}
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join(about))
-    sim, ssv2, bridge, libero, lerobot, videos, look, text = (
+    sim, ssv2, bridge, libero, lerobot, videos, look = (
         commands.add_parser(name, help=what, formatter_class=show) for name, what in about.items())
     words = {"type": lambda value: [word.strip() for word in value.split(",")]}
     group = sim.add_argument_group("what is filmed")
@@ -2161,10 +2080,6 @@ def build_parser(smoke=False):
         group = group.add_mutually_exclusive_group()
         group.add_argument("--resume", action="store_true", help="finish what was begun")
         group.add_argument("--overwrite", action="store_true", help="replace what is there")
-    for command in (sim, *sources, text):
-        command.add_argument("--text-encoder", default="hash", metavar="hash|minilm|clip",
-                             help="hash: no download; minilm: BAKU's; clip: the release's")
-    text.add_argument("--data", required=True, help="dataset")
     look.add_argument("data", help="dataset")
     look.add_argument("--check", action="store_true", help="compare every shard's hash, decode every frame")
     look.add_argument("--contact-sheet", metavar="PNG", help="None = contact_sheet.png in the dataset")
@@ -2187,7 +2102,7 @@ def main(argv=None):
                          + f" out of {', '.join(LIBERO_CAMERAS)}" * (args.source == "libero"))
     if getattr(args, "out", ".") == "":
         raise InputError("--out is empty: give a folder")
-    rejected = {"sim": film_twin, "inspect": inspect, "embed": embed_again}.get(args.source, convert)(args)
+    rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
         done = "nothing was written" if getattr(args, "check", False) else "the dataset is written"
         raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}): "

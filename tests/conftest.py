@@ -34,7 +34,7 @@ def moving_square(seed, length=24, size=32):
     return frames, np.array(actions[:-1], np.float32), np.array(proprio, np.float32)
 
 
-def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=24, text_encoder="hash"):
+def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=24):
     """A dataset folder through the project's own writer. Instructions alternate between two."""
     def job(i):
         frames, acts, proprio = moving_square(i, length)
@@ -44,14 +44,13 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
         return {**episode, "actions": acts, "proprio": proprio} if actions else episode
 
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
-                 format_version=prepare_data.FORMAT_VERSION, alignment="pre", text_encoder=text_encoder,
-                 text_dim=512, extra={}, proprio={"names": list("xy.....")} if actions else None,
+                 format_version=prepare_data.FORMAT_VERSION, alignment="pre", extra={}, proprio={"names": list("xy.....")} if actions else None,
                  action={"names": "x y . . . . side".split(), "units": "pixels / 100",
                          "delta": prepare_data.CHANGES} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
     shard = str(folder / "00000.h5")
-    prepare_data.write_shard(shard, about, jobs, [], prepare_data.TextEncoder(text_encoder))
+    prepare_data.write_shard(shard, about, jobs, [])
     prepare_data.finish(str(folder), about, [shard], episodes)
     return folder
 

@@ -136,7 +136,7 @@ def test_item_shapes_and_types(counting):
     assert batch["actions"].shape == (2, 4, 7) and batch["actions"].dtype == torch.float32
     assert batch["is_pad"].shape == (2, 4) and batch["is_pad"].dtype == torch.bool
     assert set(batch["obs"]["images"]) == {"side"} and read_number(batch["frames"][0, 0])[2] == "side"
-    assert batch["obs"]["instruction"].shape == (2, data.text_dim) and batch["obs"]["proprio"].shape == (2, 7)
+    assert batch["obs"]["instruction"] == [TASKS[0], TASKS[1]] and batch["obs"]["proprio"].shape == (2, 7)
     assert (data.action_dim, data.proprio_dim, data.fps, data.image_size) == (7, 7, 5.0, SIZE)
     assert data.instructions == TASKS and data.num_episodes == len(LENGTHS)
     assert "frames" not in EpisodeDataset(counting, 4)[0]
@@ -324,7 +324,6 @@ def test_input_errors_of_the_dataset(counting, tmp_path):
     error(lambda: EpisodeDataset(tmp_path, 1), "not a dataset", "prepare_data.py sim")
     error(lambda: EpisodeDataset(counting, 20), "chunk of 20", 19)
     error(lambda: EpisodeDataset(counting, 1, cameras=["wrist"]), "wrist", "front, side")
-    error(lambda: EpisodeDataset(counting, 1, text_encoder="clip"), "hash", "embed", "--text-encoder clip")
     error(lambda: EpisodeDataset(counting, 1, split="test"), "test", "train")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -605,7 +604,7 @@ def test_sim_films_the_real_twin(tmp_path):
     assert EpisodeDataset(tmp_path / "one/hand", 10).instructions == data.instructions
 
 
-# ---- inspect, embed ----------------------------------------------------------------------------------------
+# ---- inspect -----------------------------------------------------------------------------------------------
 
 def test_inspect_prints_and_draws(counting, tmp_path, capsys):
     main(["inspect", str(counting), "--contact-sheet", str(tmp_path / "sheet.png")])
@@ -613,34 +612,3 @@ def test_inspect_prints_and_draws(counting, tmp_path, capsys):
     assert "push the box" in out and "q99" in out and "gripper" in out
     sheet = cv2.imread(str(tmp_path / "sheet.png"))
     assert sheet.shape[0] >= len(LENGTHS) * 2 * 100 and sheet.std() > 10
-
-
-def test_embed_replaces_the_embeddings_and_survives_an_interruption(counting, tmp_path, monkeypatch):
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for name, data in content(counting).items():
-        (copy / name).write_bytes(data)
-    old = EpisodeDataset(copy, 1)
-
-    class Tiny:
-        name, dim = "tiny", 2
-
-        def __init__(self, name):
-            pass
-
-        def __call__(self, texts):
-            return np.array([[len(text), 1] for text in texts], np.float32)
-    monkeypatch.setattr(prepare_data, "TextEncoder", Tiny)
-    main(["embed", "--data", str(copy), "--text-encoder", "tiny"])
-    new = EpisodeDataset(copy, 1, text_encoder="tiny", future=1)
-    assert new.text_dim == 2 and new.fingerprint != old.fingerprint
-    for item in new:
-        assert item["obs"]["instruction"].tolist() == [len(TASKS[item["episode"] % 2]), 1]
-        assert read_number(item["frames"][1]) == (item["episode"], item["t"] + 1, "front")
-    assert all(hashlib.sha256((copy / s["file"]).read_bytes()).hexdigest().startswith(s["sha256"])
-               for s in json.loads((copy / "dataset.json").read_text())["shards"])
-    os.unlink(copy / "00000.h5")  # as if embed had been killed half-way
-    (copy / "00000.h5").write_bytes((counting / "00000.h5").read_bytes())
-    error(lambda: EpisodeDataset(copy, 1), "embed was interrupted", "run it again")
-    main(["embed", "--data", str(copy), "--text-encoder", "tiny"])
-    assert EpisodeDataset(copy, 1).fingerprint == new.fingerprint
