@@ -118,7 +118,7 @@ def finetuning_config(args, config, data):
     if args.init != "scratch":
         if config["image_size"] != data.image_size:
             raise InputError(f"{args.init} expects images of {config['image_size']} pixels, {args.data[0]} "
-                             f"has {data.image_size}: prepare it again with --image-size {config['image_size']}")
+                             f"has {data.image_size}: prepare it with --image-size {config['image_size']}")
         if len(config["cameras"]) > len(data.cameras):
             raise InputError(f"{args.init} expects {len(config['cameras'])} cameras, {args.data[0]} has "
                              f"{len(data.cameras)}: give data with as many, or pretrain with --views main")

@@ -110,18 +110,12 @@ def arguments(argv):
 
 # ---- ablations: what the world model is fed ----------------------------------------------------------------
 
-# --latents: what the world model is fed, and how to read the metrics beside those of --latents learned
-CONTROLS = {
-    "learned": "the latent actions of the policy",
-    "shuffled": "latent actions of other clips: no help, so all ratios are near 1. Compare copy_ratio",
-    "zero": "zeros: z_std is 0 and all ratios are 1 by construction; compare copy_ratio. The policy is not "
-            "trained: probe_r2 is that of random weights",
-    "detached": "latent actions without gradient: the policy is not trained. Compare z_std, the ratios and "
-                "probe_r2, which are those of random weights",
-    "true": "true actions: z_std, the ratios and copy_ratio are theirs, a mark to reach. The policy is not "
-            "trained: probe_r2 is that of random weights",
-}
-TRAINED = ("learned", "shuffled")       # with the other three no gradient reaches the policy
+# --latents: what the world model is fed, and what to compare with a run of --latents learned
+CONTROLS = {"learned": "latent actions",
+            "shuffled": "latent actions of other clips, so all ratios are near 1: compare copy_ratio",
+            "zero": "zeros, so z_std is 0 and all ratios are 1: compare copy_ratio",
+            "detached": "latent actions without their gradient: compare z_std, the ratios and probe_r2",
+            "true": "true actions, whose z_std, ratios and copy_ratio are a mark for latent actions to reach"}
 
 
 def make_feed(args, train, modules):
@@ -155,19 +149,18 @@ def check_gradients(modules, feed, batch, latents):
     actions, extra = feed(modules["policy"].latent_actions(batch["obs"]), batch)
     loss = modules["world_model"].loss(batch["frames"], actions, batch["is_pad"])[0] + extra
     names, parameters = zip(*modules["policy"].named_parameters())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    reached = {name: gradient for name, gradient in zip(names, gradients) if gradient is not None}
-    line = f"of the world-model loss reaches {len(reached)} of {len(names)} policy tensors"
-    if len(reached) != len(names) * (latents in TRAINED):
-        missed = [name for name in names if name not in reached]
-        raise InputError(f"the gradient {line}, but not {', '.join(missed[:5])}: latent_actions() does not "
+    gradients = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
+    without = [name for name in names if gradients[name] is None]
+    line = f"of the world-model loss reaches {len(names) - len(without)} of {len(names)} policy tensors"
+    trained = latents in ("learned", "shuffled")
+    if len(without) != len(names) * (not trained):
+        raise InputError(f"the gradient {line}, but not {', '.join(without[:5])}: latent_actions() does not "
                          "use these tensors, or something detaches the latent actions before the loss")
-    print(f"gradient     {line}")
-    # Not an error: the data can be the reason, and everything else does learn.
-    zero = [name for name, gradient in reached.items() if not gradient.any()]
-    if zero:
-        print(f"warning      the gradient is exactly zero for {', '.join(zero)}: these tensors do not learn "
-              "from such clips. A common reason is an input that is always zero")
+    print(f"gradient     {line}" + ": it is not trained, probe_r2 is that of random weights" * (not trained))
+    zero = [name for name in names if name not in without and not gradients[name].any()]
+    if zero:        # no error: the data can be the reason, and all other tensors learn
+        print(f"warning      it is exactly zero for {', '.join(zero)}: these tensors do not learn from such "
+              "clips. A common reason is an input that is always zero")
 
 
 @torch.no_grad()
@@ -335,7 +328,7 @@ def main(argv=None):
           f"policy       {args.policy} {args.policy_size}, {count(policy):,} parameters, chunk {args.chunk}, "
           f"latent actions of width {args.latent_dim}\n"
           f"world model  {args.world_model}, {count(world_model):,} parameters, predicts {args.target}\n"
-          f"{'':12s} and is fed {'' if args.latents == 'learned' else 'a control, '}{CONTROLS[args.latents]}")
+          f"{'':12s} and is fed {CONTROLS[args.latents]}")
     start = 0
     if checkpoint:
         check_same(out / "last.pt", {"data": checkpoint["fingerprint"]}, {"data": train.fingerprint})
