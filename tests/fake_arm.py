@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from robot import (CAMERAS, DH, JOINT_LIMIT, OPENING, PHYSICS_DT, SQUEEZE, TASKS, TwinEnv,  # noqa: E402
-                   dh_forward)
+                   joint_frames)
 import cv2  # noqa: E402
 import mujoco  # noqa: E402     after robot, which chooses OpenGL
 import numpy as np  # noqa: E402
@@ -137,6 +137,7 @@ class Controller:
         """silent: executes, says nothing | late: all is heard and said `value` s late | refuse: moves and
         stops are answered with false, frames ignored | drop: closes the connection, takes no other |
         error: `value` becomes the error code, the arm stops | stuck: the joints do not follow |
+        gripper: questions to the gripper are answered `value` s late
         frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log"""
         self.note(fault=name, value=value)
         if name == "error":
@@ -208,6 +209,8 @@ class Controller:
                 if not twin:
                     self.note(m=message)
                 late = 0 if twin else self.faults.get("late", 0)
+                if message["command"] == "get_gripper_state":
+                    late = max(late, self.faults.get("gripper", 0))
                 if late:
                     threading.Timer(late, self.handle, (client, message, twin)).start()
                 else:
@@ -227,7 +230,7 @@ class Controller:
     # -- the protocol; joints in 0.001 degrees, positions in micrometres, angles in milliradians --
 
     def realtime_state(self):
-        flange = dh_forward(self.plant.q)
+        flange = joint_frames(self.plant.q)[-1]
         joints, rotation = whole(np.degrees(self.plant.q), 1000), flange[:3, :3]
         zero = [0] * 6
         return {"state": "realtime_arm_joint_state", "arm_current_status": self.status, "err": [self.err],
@@ -255,7 +258,7 @@ class Controller:
         """-> list of replies."""
         name, refuse = message["command"], "refuse" in self.faults
         joints = whole(np.degrees(self.plant.q), 1000)
-        flange = dh_forward(self.plant.q)
+        flange = joint_frames(self.plant.q)[-1]
         if name == "movej_canfd":
             self.frame(message["joint"])
             return []
@@ -267,8 +270,6 @@ class Controller:
             if not refuse:
                 self.plant.grip = float(name.endswith("release"))
             return [{"command": "set_gripper", "state": not refuse}]
-        if name == "set_realtime_push":
-            self.push.update({k: v for k, v in message.items() if k in self.push and k != "custom"})
         if name == "set_collision_stage":
             self.collision = message["collision_stage"]
         replies = {
@@ -279,7 +280,6 @@ class Controller:
                 "plan_info": {"build_time": "none", "version": "V1.6.1"}},
             "get_arm_current_trajectory": {"state": "arm_current_trajectory", "type": "none", "data": joints},
             "get_realtime_push": {"command": "get_realtime_push", **self.push},
-            "set_realtime_push": {"command": "set_realtime_push", "state": True},
             "get_current_work_frame": {"frame_name": "World", "pose": [0] * 6, "state": "current_work_frame"},
             "get_current_tool_frame": {"payload": 0, "pose": [0] * 6, "position": [0] * 3,
                                        "state": "current_tool_frame", "tool_name": "Arm_Tip"},

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fake_arm  # noqa: E402
 from models import InputError  # noqa: E402
-from robot import (CONTROL_HZ, ArmEnv, ArmStopped, EpisodeAborted, Keys, RealmanArm, World,  # noqa: E402
+from robot import (CONTROL_HZ, ArmEnv, ArmStopped, EpisodeAborted, Keys, RealmanArm, Rehearsal,  # noqa: E402
                    on_signal, open_cameras)
 
 # name: (what is told to the controller or done here, beginnings of the reason that may be given)
@@ -64,7 +64,7 @@ class Fake:
         self.process = processes.Process(target=serve, args=(its, log), daemon=True)
         self.process.start()
         (self.port, self.cameras), self.log = mine.recv(), log
-        self.world = World(self.port)
+        self.world = Rehearsal(self.port)
 
     def fault(self, *what):
         self.world.ask("fault", **dict(zip(("name", "value"), what)))
@@ -112,8 +112,7 @@ def drive(fake, steps, act, keys=None):
         cameras = open_cameras([f"{c}=http://127.0.0.1:{fake.cameras}/{c}" for c in ("front", "side")])
         if keys:
             keys(arm)
-        env = ArmEnv(arm, cameras, 64, fake.world)
-        env.judged = False
+        env = ArmEnv(arm, cameras, 64, fake.world, judged=False)
         env.reset("stack_cups", 0)
         for i in range(steps):
             env.step(act(i, arm), look=i % 2 == 0)
