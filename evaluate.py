@@ -30,14 +30,15 @@ best of many on these starts is biased.
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
+import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -201,29 +202,16 @@ ENVIRONMENTS = {"twin": twin_benchmark,             # name -> (args, checkpoint[
 CONTROLS = ("noop", "random", "expert")
 
 
-class Arm(NamedTuple):
-    """One arm of the comparison: a policy or a control."""
-    key: str                        # in the files: hash of the checkpoint, or the name of the control
-    label: str                      # path of the checkpoint, or the name of the control
-    policy: torch.nn.Module | None
-    checkpoint: dict
+class Arm:
+    """One arm of the comparison. name: path of a finetuned checkpoint, or noop, random, expert."""
 
-
-def load_arm(name, device="cpu"):
-    """name: path of a finetuned checkpoint, or noop, random, expert."""
-    if name in CONTROLS:
-        return Arm(name, name, None, {"data": {}})
-    return Arm(file_hash(name), name, *load_policy(name, device, stage="finetune"))
-
-
-def check_arm(arm, bench, args):
-    """InputError when a policy does not fit the environment or --execute."""
-    if arm.key == "expert" and not bench.expert:
-        raise InputError(f"{args.env} has no scripted expert; only the twin has one (--env twin)")
-    if arm.policy:
-        check_fit(arm.label, arm.checkpoint, args.env, bench.cameras, bench.proprio_dim, bench.action,
-                  bench.hz)
-        make_chunker(args, arm.policy)
+    def __init__(self, name, device="cpu"):
+        self.key = self.label = name
+        self.policy, self.checkpoint = None, {"data": {}}
+        if name not in CONTROLS:
+            self.policy, self.checkpoint = load_policy(name, device, stage="finetune")
+            self.key = file_hash(name)      # names the arm in episodes.jsonl, and tells two trainings apart
+        self.data = self.checkpoint["data"]
 
 
 def make_chunker(args, policy):
@@ -232,11 +220,6 @@ def make_chunker(args, policy):
         return ActionChunker(1, execute=1)
     execute = min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute
     return ActionChunker(policy.chunk, execute or None, args.decay)
-
-
-def wording(task, known):
-    """The first of a task's wordings that the policy was trained on, otherwise the usual one."""
-    return next((text for text in task.wordings if text in known), task.wordings[0])
 
 
 def control(name, bench, env, start, rng):
@@ -250,7 +233,7 @@ def control(name, bench, env, start, rng):
 
 
 class Job(NamedTuple):
-    """One episode to be played. arm, label: as in Arm."""
+    """One episode to be played. arm, label: key and label of its Arm."""
     arm: str
     label: str
     task: str
@@ -259,120 +242,114 @@ class Job(NamedTuple):
 
 
 class Player:
-    """Plays episodes in one process and keeps the policies and environments that it has made."""
+    """Plays episodes in one process, with a policy and an environment per arm."""
 
     def __init__(self, bench, args):
-        self.bench, self.args, self.arms, self.envs = bench, args, {}, {}
+        self.bench, self.args, self.arms = bench, args, {}
+
+    def open(self, job):
+        """-> Arm, environment; made by the first episode of an arm."""
+        arm = Arm(job.label, self.args.device)
+        if arm.key != job.arm:
+            raise InputError(f"{job.label} was replaced while it was being evaluated; finished episodes are "
+                             "kept. Evaluate a copy of the checkpoint, or start again with --overwrite")
+        cameras, size = (arm.policy.cameras, arm.policy.config["image_size"]) if arm.policy else ((), 64)
+        return arm, self.bench.make(cameras=tuple(cameras), image_size=size)
 
     def play(self, job):
         """One episode -> its line for episodes.jsonl."""
-        clock, bench, args, task = time.perf_counter(), self.bench, self.args, self.bench.tasks[job.task]
+        clock, bench, args = time.perf_counter(), self.bench, self.args
         if job.arm not in self.arms:
-            self.arms[job.arm] = load_arm(job.label, args.device)
-        key, _, policy, checkpoint = self.arms[job.arm]
-        if key != job.arm:
-            raise InputError(f"{job.label} was replaced while it was being evaluated; finished episodes are "
-                             "kept. Evaluate a copy of the checkpoint, or start again with --overwrite")
-        view = (tuple(policy.cameras), policy.config["image_size"]) if policy else ((), 64)
-        if view not in self.envs:
-            self.envs[view] = bench.make(cameras=view[0], image_size=view[1])
-        env = self.envs[view]
+            self.arms[job.arm] = self.open(job)
+        (arm, env), wordings = self.arms[job.arm], bench.tasks[job.task].wordings
         # All random numbers of an episode follow from these three, not from the episodes before it.
         origin = [args.seed, job.start, list(bench.tasks).index(job.task)]
-        if policy:
-            policy_fn = policy_function(policy, wording(task, checkpoint["data"]["instructions"]),
+        if arm.policy:
+            known = [text for text in wordings if text in arm.data["instructions"]]
+            policy_fn = policy_function(arm.policy, (known or wordings)[0],
                                         np.random.default_rng([*origin, 8]))
         else:
             policy_fn = control(job.arm, bench, env, job.start, np.random.default_rng([*origin, 7]))
         film = Film(env, bench.cameras, bench.hz) if job.film else None
-        success, actions = rollout(env, policy_fn, make_chunker(args, policy), job.task, job.start,
+        success, actions = rollout(env, policy_fn, make_chunker(args, arm.policy), job.task, job.start,
                                    args.max_steps, film)
         if film:
-            film.write(Path(args.out, "videos"), f"{job.task}_{job.start}", task.wordings[0], success)
+            film.write(Path(args.out, "videos"), f"{job.task}_{job.start}", wordings[0], success)
         return {"arm": job.arm, "label": job.label, "task": job.task, "start": job.start, "success": success,
                 "steps": len(actions), "seconds": round(time.perf_counter() - clock, 3),
                 # Two episodes with the same hash had the same actions to the last bit.
                 "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8]}
 
     def close(self):
-        for env in self.envs.values():
+        for _, env in self.arms.values():
             env.close()
 
 
-def work(link, bench, args):
-    """A worker process: receives jobs through `link` and answers each with a line or with an error."""
+def begin_worker(bench, args):
+    """Runs first in every worker process."""
+    global player
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to the parent, which ends the workers
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     player = Player(bench, args)
-    try:
-        while job := link.recv():
-            try:
-                answer = player.play(job)
-            except (InputError, OSError) as e:          # OSError: a film that cannot be written
-                answer = e
-            link.send(answer)
-    except (EOFError, ConnectionError):                 # the parent is gone
-        pass
-    finally:
-        player.close()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()             # returns when the parent is gone, however it died
+    os._exit(1)
+
+
+def play_in_worker(job):
+    return player.play(job)
 
 
 def play_all(jobs, bench, args):
     """Plays the jobs in --workers processes (0: in this one); yields the line of each episode when it ends.
 
-    InputError, which names task and start, when a worker dies or cannot go on. Every worker has its own pipe:
-    a pool or a shared queue would not tell which episode a killed process was playing.
+    InputError, which names task and start, when a worker is killed. Each worker is a pool of one process: a
+    larger pool does not tell which episode a killed process was playing.
     """
     if not args.workers:
         player = Player(bench, args)
         yield from map(player.play, jobs)
         return player.close()
+    jobs, playing = iter(jobs), {}                      # future -> its worker and job
     context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and the threads of torch
-    jobs, playing, processes = iter(jobs), {}, {}       # playing: link -> job, processes: link -> process
+    workers = [ProcessPoolExecutor(1, context, begin_worker, (bench, args)) for _ in range(args.workers)]
     try:
-        for job in itertools.islice(jobs, args.workers):
-            link, far = context.Pipe()
-            processes[link] = context.Process(target=work, args=(far, bench, args), daemon=True)
-            processes[link].start()
-            far.close()                                 # now the worker alone holds this end
-            playing[link] = job
-            link.send(job)
+        for worker, job in zip(workers, jobs):
+            playing[worker.submit(play_in_worker, job)] = worker, job
         while playing:
-            for link in multiprocessing.connection.wait(list(playing)):
-                job, following = playing.pop(link), next(jobs, None)
+            for future in wait(playing, return_when=FIRST_COMPLETED).done:
+                worker, job = playing.pop(future)
                 try:
-                    answer = link.recv()
-                    link.send(following)                # None: no more
-                except (EOFError, OSError):
-                    processes[link].join(5)
-                    code = processes[link].exitcode
-                    why = ("killed, usually because memory ran out: use fewer --workers" if code == -9 else
-                           "the traceback above says why")
-                    raise InputError(f"a worker died in {job.task}, start {job.start} (exit status {code}: "
-                                     f"{why}); finished episodes are kept, continue with --resume") from None
-                if following:
-                    playing[link] = following
-                if isinstance(answer, Exception):
-                    raise answer
-                yield answer
+                    line = future.result()
+                except BrokenProcessPool:
+                    raise InputError(f"the worker that played {job.task}, start {job.start}, was killed: if "
+                                     "memory ran out, use fewer --workers; finished episodes are kept, "
+                                     "continue with --resume") from None
+                if job := next(jobs, None):
+                    playing[worker.submit(play_in_worker, job)] = worker, job
+                yield line
     finally:
-        for process in processes.values():
-            process.terminate()
-            process.join()
+        for process in multiprocessing.active_children():
+            process.terminate()                         # shutdown alone would wait for the running episodes
+        for worker in workers:
+            worker.shutdown()
 
 
 # ---- results ---------------------------------------------------------------------------------------------
 
 
 def read_episodes(folder):
-    """folder/episodes.jsonl -> {(arm, task, start): line}. InputError for a line that is not an episode."""
-    path, episodes = folder / "episodes.jsonl", {}
-    for number, line in enumerate(read_lines(path), 1):
-        if not isinstance(line, dict) or not {"arm", "task", "start", "success", "steps"} <= set(line):
-            raise InputError(f"{path} line {number} is not an episode: use --overwrite, or another --out")
-        episodes[line["arm"], line["task"], line["start"]] = line
-    return episodes
+    """folder/episodes.jsonl -> {(arm, task, start): line}."""
+    try:
+        return {(line["arm"], line["task"], line["start"]): line
+                for line in read_lines(folder / "episodes.jsonl")}
+    except (KeyError, TypeError):
+        raise InputError(f"{folder}/episodes.jsonl has a line that is not an episode: use --overwrite, or "
+                         "another --out") from None
 
 
 def open_results(out, args, settings, keys):
@@ -384,7 +361,7 @@ def open_results(out, args, settings, keys):
             old.unlink(missing_ok=True)
     done = read_episodes(out)
     for (key, task, start), line in done.items():
-        check_same(f"{path} ({task}, start {start})", line.get("settings", {}), settings)
+        check_same(f"{path} ({task}, start {start})", line["settings"], settings)
         if key not in (*keys, *CONTROLS):
             raise InputError(f"{path} holds episodes of checkpoint {key}, this one is {', '.join(keys)}: "
                              "--resume needs the same checkpoints, --overwrite starts afresh")
@@ -408,13 +385,12 @@ def percent(r, digits=0):
 def mcnemar(first, second):
     """McNemar's exact test of two policies on the same starts. Only pairs with different outcomes count.
 
-    first, second: (n,) bool, in the same order. -> pairs of each kind, difference of the rates, two-sided p
+    first, second: (n,) bool, in the same order. -> n, number of such pairs either way, difference of the
+    success rates, two-sided p
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
-    assert first.shape == second.shape, f"{len(first)} episodes cannot be paired with {len(second)}"
     n, better, worse = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    return {"n": n, "both": int((first & second).sum()), "neither": int((~first & ~second).sum()),
-            "only_first": better, "only_second": worse, "difference": (better - worse) / n,
+    return {"n": n, "only_first": better, "only_second": worse, "difference": (better - worse) / n,
             "p_value": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0}
 
 
@@ -423,19 +399,20 @@ def summarise(lines, pair=()):
 
     The comparison takes the starts that both arms have played and counts the other episodes as "unpaired".
     """
-    arms = {}
-    for key in dict.fromkeys(line["arm"] for line in lines):
-        mine, tasks = [line for line in lines if line["arm"] == key], {}
-        for task in dict.fromkeys(line["task"] for line in mine):
-            steps = [line["steps"] for line in mine if line["task"] == task and line["success"]]
-            tasks[task] = success_rate([line["success"] for line in mine if line["task"] == task]) | {
+    arms, played = {}, {}
+    for line in lines:
+        arm = arms.setdefault(line["arm"], {"label": line["label"], "tasks": {}})
+        arm["tasks"].setdefault(line["task"], []).append(line)
+        played.setdefault(line["arm"], {})[line["task"], line["start"]] = line["success"]
+    for key, arm in arms.items():
+        arm["overall"] = success_rate(list(played[key].values()))
+        for task, mine in arm["tasks"].items():
+            steps = [line["steps"] for line in mine if line["success"]]
+            arm["tasks"][task] = success_rate([line["success"] for line in mine]) | {
                 "mean_steps_of_successes": float(np.mean(steps)) if steps else None}
-        arms[key] = {"label": mine[0]["label"], "tasks": tasks,
-                     "overall": success_rate([line["success"] for line in mine])}
     results = {"arms": arms, "made_by": sorted({f"{x['commit']}, {x['machine']}" for x in lines})}
     if pair:
-        first, second = ({(x["task"], x["start"]): x["success"] for x in lines if x["arm"] == key}
-                         for key in pair)
+        first, second = (played[key] for key in pair)
         both = [start for start in first if start in second]
         results["comparison"] = {"arms": list(pair), "unpaired": len(first) + len(second) - 2 * len(both),
                                  **mcnemar([first[x] for x in both], [second[x] for x in both])}
@@ -586,33 +563,27 @@ def choose_tasks(args, bench, arm):
     """--tasks; otherwise the tasks with an instruction that the policy knows; for a control, all of them."""
     names = list(bench.tasks)
     if args.tasks:
-        tasks = list(dict.fromkeys(names[int(name)] if name.isdigit() and int(name) < len(names) else name
-                                   for name in args.tasks.split(",")))
-        if unknown := set(tasks) - set(names):
-            raise InputError(f"unknown task {min(unknown)!r}: --tasks takes {', '.join(names)}, or their "
-                             f"numbers, 0 to {len(names) - 1}, comma-separated")
-        return tasks
-    if not arm.policy:
-        return names
-    known = arm.checkpoint["data"]["instructions"]
-    tasks = [name for name in names if set(bench.tasks[name].wordings) & set(known)]
+        tasks = [names[int(task)] if task.isdigit() and int(task) < len(names) else task
+                 for task in args.tasks.split(",")]
+        if not set(tasks) <= set(names):
+            raise InputError(f"--tasks takes {', '.join(names)}, or their numbers, 0 to {len(names) - 1}, "
+                             f"comma-separated; got {args.tasks}")
+        return list(dict.fromkeys(tasks))
+    known = arm.data.get("instructions", [])
+    tasks = [name for name in names if not arm.policy or set(bench.tasks[name].wordings) & set(known)]
     if not tasks:
         raise InputError(f"{arm.label} was trained on no instruction of this environment (its first: "
                          f"{known[:1]}): choose --tasks from {', '.join(names)}")
     return tasks
 
 
-def choose_starts(args, bench, tasks):
-    """-> the starts of every task. InputError for starts and lengths that the environment does not have."""
+def choose_starts(args, bench):
+    """-> the starts of every task. InputError when the environment does not have them."""
     episodes = args.episodes or (bench.episodes if args.protocol == "full" else 10)
     starts = bench.starts[args.first:args.first + episodes]
     if len(starts) < (args.episodes or 1):
         raise InputError(f"{args.env} has {len(bench.starts)} starts per task: --first {args.first} and "
                          f"--episodes {episodes} ask for more")
-    for task in tasks:
-        most = bench.tasks[task].max_steps
-        if args.max_steps is not None and not 1 <= args.max_steps <= most:
-            raise InputError(f"--max-steps takes 1 to {most} for {task}, got {args.max_steps}")
     return starts
 
 
@@ -625,7 +596,7 @@ def main(argv=None):
         check_free(path, path.exists(), args)
         return draw_figure(args.figure, path)
     at_least(args, 0, "first", "seed", "workers", "video", "decay", "execute")
-    at_least(args, 1, "episodes")
+    at_least(args, 1, "episodes", "max_steps")
     pick_device(args.device)
     torch.set_num_threads(1)
     origin = provenance()
@@ -633,16 +604,31 @@ def main(argv=None):
     # ---- arms, starts, settings ----
     names = [args.checkpoint, *[args.compare] * bool(args.compare)]
     names += [name for name in ("noop", "random") if args.controls and name not in names]
-    arms = {arm.key: arm for arm in map(load_arm, names)}
+    arms = {arm.key: arm for arm in map(Arm, names)}
     if len(arms) < len(names):
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}: name another "
                          "checkpoint")
     arm = next(iter(arms.values()))
-    bench = ENVIRONMENTS[args.env](args, arm.checkpoint["data"])
+    bench = ENVIRONMENTS[args.env](args, arm.data)
     tasks = choose_tasks(args, bench, arm)
-    starts = choose_starts(args, bench, tasks)
+    starts = choose_starts(args, bench)
+    if "expert" in arms and not bench.expert:
+        raise InputError(f"{args.env} has no scripted expert; only the twin has one (--env twin)")
     for one in arms.values():
-        check_arm(one, bench, args)
+        if one.policy:
+            action, units = bench.action, one.data["action"]["units"]
+            if set(units) == {"as in the source"}:      # a LeRobotDataset does not record them
+                action = action | {"units": units}
+                print(f"note         {one.label}: the units of its actions are unknown; they are assumed to "
+                      f"be those of {args.env}")
+            check_fit(one.label, one.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
+            h = make_chunker(args, one.policy).execute
+            print(f"policy       {one.label} ({one.key}, step {one.checkpoint['step']:,}), cameras "
+                  + ", ".join(one.policy.cameras) + f"; chunks of {one.policy.chunk}, "
+                  + (f"{h} per look" if h else f"temporal ensembling, decay {args.decay:g}"))
+            for task in tasks:
+                if not set(bench.tasks[task].wordings) & set(one.data["instructions"]):
+                    print(f"note         {one.label} was not trained on the instruction of {task}")
     settings = {"env": args.env, **{k: getattr(args, k) for k in (
         "execute", "decay", "max_steps", "seed", "device")}, **bench.about,
         "gl": os.environ.get("MUJOCO_GL"), "torch": str(torch.__version__)}
@@ -652,16 +638,7 @@ def main(argv=None):
     done = open_results(out, args, settings, list(arms))
 
     # ---- episodes ----
-    for one in arms.values():
-        if one.policy:
-            h = make_chunker(args, one.policy).execute
-            print(f"policy       {one.label} ({one.key}, step {one.checkpoint['step']:,}), cameras "
-                  + ", ".join(one.policy.cameras) + f"; chunks of {one.policy.chunk}, "
-                  + (f"{h} per look" if h else f"temporal ensembling, decay {args.decay:g}"))
-            for task in tasks:
-                if not set(bench.tasks[task].wordings) & set(one.checkpoint["data"]["instructions"]):
-                    print(f"note         {one.label} was not trained on the instruction of {task}")
-    limits = sorted({args.max_steps or bench.tasks[task].max_steps for task in tasks})
+    limits = sorted({min(args.max_steps or 10 ** 9, bench.tasks[task].max_steps) for task in tasks})
     print(f"environment  {args.env}: " + ", ".join(f"{k} {v}" for k, v in bench.about.items())
           + f", seed {args.seed}, {settings['gl']}\n"
           f"starts       {len(tasks)} of {len(bench.tasks)} tasks x {len(starts)}, numbers {starts[0]:,} to "

@@ -1,9 +1,10 @@
-"""Do stored LIBERO demonstrations still succeed when their actions are replayed, open loop, in evaluate.py's
-own environment? And does it see what the files show? A difference of simulator versions shows here first.
+"""Do stored LIBERO demonstrations still succeed when their actions are replayed in evaluate.py's environment?
+And does that environment show what the files show? A change of simulator version becomes visible here first.
 
     python tests/replay_demos.py --demos FOLDER --suites libero_object libero_spatial libero_goal --per-task 7
 
-FOLDER holds <suite>/<task>_demo.hdf5 with states. Starts are the demonstrations' own, with their furniture.
+FOLDER holds <suite>/<task>_demo.hdf5 with states. Every episode starts from the demonstration's own state and
+furniture.
 """
 import argparse
 import sys
@@ -16,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate  # noqa: E402
-from models import InputError  # noqa: E402
+from models import HelpFormatter, InputError, run  # noqa: E402
 from prepare_data import natural, place_scene, show_state, stored_observations  # noqa: E402
 
 
@@ -27,8 +28,8 @@ def replay(env, task, demo):
 
 
 def compare_pictures(env, task, f, demo):
-    """-> {camera: mean absolute difference of stored images and those of the environment in the same states}.
-    Raw files hold what was seen after the action of a row, which is before that of the next."""
+    """-> {camera: mean absolute difference between the stored images and a rendering of the same states}.
+    In raw files, the image of a row was taken after the row's action, that is, before the next one."""
     args = argparse.Namespace(cameras=env.cameras)
     stored, _, after = stored_observations(f, demo, args)
     apart = {camera: [] for camera in env.cameras}
@@ -40,14 +41,14 @@ def compare_pictures(env, task, f, demo):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("--demos", required=True, type=Path, metavar="FOLDER")
     p.add_argument("--suites", nargs="+", default=["libero_object", "libero_spatial", "libero_goal"],
                    choices=evaluate.LIBERO_STEPS)
-    p.add_argument("--per-task", type=int, default=7, help="demonstrations, evenly spread (default 7)")
+    p.add_argument("--per-task", type=int, default=7, help="demonstrations, evenly spread over the file")
     p.add_argument("--libero-assets", metavar="FOLDER")
     args = p.parse_args(argv)
-    wins = count = 0
+    wins = []
     for suite in args.suites:
         env = evaluate.LiberoEnv(suite, args.libero_assets, 0, ("agentview", "wrist"), 128)
         for path in tqdm(sorted((args.demos / suite).glob("*_demo.hdf5")), suite, unit="task"):
@@ -57,7 +58,7 @@ def main(argv=None):
                 spread = np.linspace(0, len(keys) - 1, min(args.per_task, len(keys))).astype(int)
                 env.cameras = ()
                 outcomes = {keys[i]: replay(env, task, f["data"][keys[i]]) for i in spread}
-                wins, count = wins + sum(outcomes.values()), count + len(outcomes)
+                wins += outcomes.values()
                 lost = [key for key, success in outcomes.items() if not success]
                 line = f"{suite} {task}: {len(outcomes) - len(lost)} of {len(outcomes)}"
                 line += f", not {', '.join(lost)}" if lost else ""
@@ -67,11 +68,10 @@ def main(argv=None):
                     line += f"; pictures differ by {apart} of 255"
             tqdm.write(line)
         env.close()
-    if not count:
-        raise InputError(f"no <suite>/<task>_demo.hdf5 in {args.demos}: --demos names the folder of suites")
-    low, high = evaluate.rate_with_intervals(wins, count)["wilson"]
-    print(f"{wins} of {count} succeed: {100 * wins / count:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+    if not wins:
+        raise InputError(f"there is no <suite>/<task>_demo.hdf5 in {args.demos}: --demos names that folder")
+    print("{} succeed: {} % {}".format(*evaluate.percent(evaluate.success_rate(wins), 1)))
 
 
 if __name__ == "__main__":
-    evaluate.run(main)
+    run(main)

@@ -1,5 +1,4 @@
-"""Claims of evaluate.py: a stopped evaluation ends in the same numbers, rollouts and statistics are right."""
-import collections
+"""Claims of evaluate.py: results do not depend on processes or kills, policies fit, statistics are right."""
 import json
 import os
 import signal
@@ -8,32 +7,26 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 import evaluate
-from models import ActionChunker, InputError, make_policy, save_checkpoint
-
+import prepare_data
+import robot
+from models import ActionChunker, InputError, append_line, make_policy, read_lines, save_checkpoint
 
 TASKS = {"push": evaluate.Task(("push the cup", "push it"), 20), "pull": evaluate.Task(("pull the cup",), 20),
          "lift": evaluate.Task(("lift the cup",), 30)}
 
 
-KILL, REFUSE, KILL_LATER = 1, 2, 3      # starts at which a worker dies, or says why it cannot go on
-
-
 class FakeEnv:
-    """A point on a line has to pass a mark, which follows from (task, seed). The picture shows the point."""
+    """A point on a line has to pass a mark that follows from (task, start). The picture shows the point.
+    $FAKE = "TASK START" kills the process in that episode."""
     resets, stop_after = [], None       # of all instances; reset number stop_after is a Ctrl-C
 
     def __init__(self, cameras, image_size):
         self.cameras, self.size = cameras, image_size
 
     def reset(self, task, start):
-        if start == KILL:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.start = start
-        if start == REFUSE:
-            raise InputError("no such start")
+        self.deadly = os.environ.get("FAKE") == f"{task} {start}"
         FakeEnv.resets.append((task, start))
         if len(FakeEnv.resets) == FakeEnv.stop_after:
             raise KeyboardInterrupt
@@ -50,7 +43,7 @@ class FakeEnv:
 
     def step(self, action, look=True):
         self.x, self.steps = self.x + action[0], self.steps + 1
-        if self.start == KILL_LATER and self.steps == 2:
+        if self.deadly and self.steps == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         success = self.x > self.mark
         return self.observe() if look else None, success or self.steps >= self.max_steps, success
@@ -59,20 +52,11 @@ class FakeEnv:
         pass
 
 
-class FakeExpert:
-    def __init__(self, env, start):
-        self.env = env
-
-    def act(self):
-        return np.array([self.env.mark / 10, 0, 0, 0, 0, 0, 1.0])
-
-
 def fake_benchmark(args, trained):
     limit = np.full(7, 0.02)
     return evaluate.Benchmark(make=FakeEnv, tasks=TASKS, cameras=("front",), proprio_dim=7, still=np.zeros(7),
-                              low=-limit, high=limit, starts=range(1_000_000, 1_000_050),
-                              episodes={"full": 50, "paper": 10}, hz=20, about={"fake": args.spread or 1},
-                              expert=FakeExpert)
+                              action=robot.ACTION, low=-limit, high=limit, starts=range(1_000_000, 1_000_050),
+                              episodes=50, hz=20, about={"fake": args.spread or 1})
 
 
 @pytest.fixture(autouse=True)
@@ -83,335 +67,288 @@ def bench(monkeypatch):
 
 
 SMALL = {"baku": dict(width=16, layers=1, heads=2, channels=8, dropout=0.1),
-         "diffusion": dict(width=16, channels=8, down=(16, 32), step_width=8, latent_calls=1)}
+         "diffusion": dict(width=16, channels=8, down=(16, 32), step_width=8)}
 
 
-def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), head="action",
-                     policy="baku", **data):
+def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup"), policy="baku",
+                     stage="finetune", **data):
     torch.manual_seed(seed)
-    config = dict(policy=policy, cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=7,
-                  action_dim=7, latent_dim=7, latent_norm=True, head=head, proprio_dropout=0.0,
-                  **SMALL[policy])
+    config = dict(policy=policy, cameras=["front"], image_size=16, chunk=4, text_encoder="hash",
+                  proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True, proprio_dropout=0.0,
+                  head="action" if stage == "finetune" else "latent", **SMALL[policy])
     policy = make_policy(config)
-    if head == "action":
+    if stage == "finetune":
         policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
-    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(),
-                               text_encoder="hash", data={"instructions": list(instructions), **data}))
+    data = {"instructions": list(instructions), "action": robot.ACTION, **data}
+    save_checkpoint(path, dict(stage=stage, step=5, config=config, policy=policy.state_dict(), data=data))
     return str(path)
 
 
 def run(out, *flags):
+    """-> results.json without its provenance, {(arm, task, start): outcome} from episodes.jsonl"""
     evaluate.main(["--env", "fake", "--workers", "0", "--out", str(out), *flags])
     results = json.loads((out / "results.json").read_text())
-    results.pop("provenance")
-    results.pop("speed")
-    for arm in results["arms"].values():
-        arm.pop("seconds_per_episode")
-    return results
+    del results["provenance"]
+    return results, {(x["arm"], x["task"], x["start"]): (x["success"], x["steps"], x["actions"])
+                     for x in read_lines(out / "episodes.jsonl")}
 
 
-# ---- processes -------------------------------------------------------------------------------------------
+# ---- processes and resuming ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", SMALL)
-def test_the_number_of_processes_and_a_kill_change_nothing(tmp_path, policy):
-    """To the last bit: `actions` is a hash of all actions of an episode. A policy may draw noise, too."""
-    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt", policy=policy), "--episodes", "4",
-             "--batch", "4")
+def test_no_result_depends_on_the_number_of_processes(tmp_path):
+    """To the last bit, since `actions` is a hash of an episode's actions; diffusion draws noise, too."""
+    names = [write_checkpoint(tmp_path / f"{name}.pt", policy=name) for name in SMALL]
+    flags = "--checkpoint", names[0], "--compare", names[1], "--episodes", "4"
     whole = run(tmp_path / "0", *flags)
-    assert len({e["actions"] for arm in whole["arms"].values() for e in arm["tasks"]["push"]["episodes"]}) > 4
-    for workers in ("1", "2") if policy == "baku" else ("2",):
-        assert run(tmp_path / workers, *flags, "--workers", workers) == whole
-    lines = (tmp_path / "2" / "episodes.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "2" / "episodes.jsonl").write_text("".join(lines[:9]) + lines[9][:40])
-    assert run(tmp_path / "2", *flags, "--workers", "2", "--resume") == whole
+    assert len({actions for _, _, actions in whole[1].values()}) > 20
+    assert run(tmp_path / "2", *flags, "--workers", "2") == whole
 
 
-def test_a_row_of_a_forward_pass_does_not_know_its_company(tmp_path, bench):
-    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt"), 4, "cpu")
-    arm.learn(bench)
-    env, rng = FakeEnv(("front",), 16), np.random.default_rng(0)
-    env.reset("push", 1_000_000)
-    looks = []
-    for task in ["push", "lift"] * 5:
-        looks.append((task, env.observe()))
-        env.step(rng.uniform(-0.02, 0.02, 7))
-    alone = [arm.chunks([look])[0] for look in looks]
-    for together in (arm.chunks(looks), arm.chunks(looks[::-1])[::-1]):
-        assert np.array_equal(alone, together)
-    assert arm.looks == 30 and not np.array_equal(alone[0], alone[1])
-    assert not arm.knows_company(bench) and arm.looks == 0
-    arm.policy.act = lambda batch: batch["proprio"][:, None].cumsum(0)      # as a careless kernel would
-    assert arm.knows_company(bench)
+def test_a_killed_worker_is_one_line_and_resuming_gives_the_same_result(tmp_path, monkeypatch):
+    flags = "--checkpoint", "random", "--no-controls", "--tasks", "push,lift", "--episodes", "3"
+    whole = run(tmp_path / "whole", *flags)
+    monkeypatch.setenv("FAKE", "lift 1000001")
+    with pytest.raises(InputError, match="lift, start 1000001, was killed.*--workers.*--resume") as error:
+        run(tmp_path / "out", *flags, "--workers", "1")
+    monkeypatch.delenv("FAKE")
+    path, FakeEnv.resets = tmp_path / "out" / "episodes.jsonl", []
+    assert len(read_lines(path)) == 4 and "\n" not in str(error.value)
+    path.write_bytes(path.read_bytes()[:-20])              # and the last line is torn
+    assert run(tmp_path / "out", *flags, "--resume") == whole
+    assert FakeEnv.resets == [("lift", 1_000_000), ("lift", 1_000_001), ("lift", 1_000_002)]
 
 
-def test_a_worker_that_dies_or_refuses_is_one_line(bench):
-    job = evaluate.Job("noop", "push", 1_000_000, 0, 1, 1, 0.0, None, (), 0, None)
-    for start, message in ((KILL, "a worker died in push, start 1 .*status -9.* --workers"),
-                           (KILL_LATER, "a worker died in push, start 3 .*status -9.* --workers"),
-                           (REFUSE, "^no such start$")):
-        with pytest.raises(InputError, match=message):
-            list(evaluate.play_all([job._replace(start=start)], {}, bench, 1))
-
-
-def test_a_worker_goes_on_with_its_own_scene():
-    Job = collections.namedtuple("Job", "task start")
-    jobs = [Job(task, start) for task in "abc" for start in range(2)]
-    taken = [evaluate.take(jobs, mine, others) for mine, others in
-             ((None, set()), (None, {"a"}), ("a", {"b"}), ("a", {"b"}), ("b", {"c"}), ("b", {"c"}))]
-    assert [tuple(job) for job in taken] == [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("b", 1), ("c", 1)]
-    assert evaluate.take(jobs, "a", {"b"}) is None
-
-
-# ---- resuming --------------------------------------------------------------------------------------------
-
-
-def test_a_killed_evaluation_ends_in_the_same_numbers_and_repeats_no_finished_episode(tmp_path):
-    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "5")
+def test_a_stopped_evaluation_repeats_no_finished_episode(tmp_path):
+    flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "5"
     whole = run(tmp_path / "whole", *flags)
     assert len(FakeEnv.resets) == 3 * 2 * 5                # policy, noop, random; two tasks
-
     FakeEnv.resets, FakeEnv.stop_after = [], 14
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", *flags)
+        run(tmp_path / "stopped", *flags)
     FakeEnv.resets, FakeEnv.stop_after = [], None
-    assert run(tmp_path / "killed", *flags, "--resume") == whole
+    assert run(tmp_path / "stopped", *flags, "--resume") == whole
     assert len(FakeEnv.resets) == 3 * 2 * 5 - 13           # 13 had finished
 
 
-def test_a_line_torn_by_kill_9_is_run_again(tmp_path):
-    flags = ("--checkpoint", "expert", "--no-controls", "--episodes", "3")
-    whole = run(tmp_path, *flags)
-    path = tmp_path / "episodes.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])
-    FakeEnv.resets = []
-    assert run(tmp_path, *flags, "--resume") == whole
-    assert FakeEnv.resets == [("lift", 1_000_002)]
-    assert all(json.loads(line) for line in path.read_text().splitlines())
+@pytest.mark.parametrize("what", ["random", "policy"])
+def test_an_episode_does_not_depend_on_those_before_it(tmp_path, what):
+    name = write_checkpoint(tmp_path / "last.pt", policy="diffusion") if what == "policy" else what
+    flags = "--checkpoint", name, "--no-controls"
+    _, whole = run(tmp_path / "whole", *flags, "--tasks", "push,lift", "--episodes", "4")
+    _, part = run(tmp_path / "part", *flags, "--tasks", "2", "--first", "2", "--episodes", "2")
+    assert len(part) == 2 and part.items() <= whole.items()
 
 
-def test_an_episode_does_not_depend_on_those_before_it(tmp_path):
-    checkpoint = write_checkpoint(tmp_path / "last.pt")
-    for what in (checkpoint, "random"):
-        name = what[-4:]
-        one = run(tmp_path / f"one{name}", "--checkpoint", what, "--tasks", "push,lift", "--no-controls",
-                  "--episodes", "4")
-        other = run(tmp_path / f"two{name}", "--checkpoint", what, "--tasks", "lift", "--first", "2",
-                    "--no-controls", "--episodes", "2")
-        (a,), (b,) = one["arms"].values(), other["arms"].values()
-        assert a["tasks"]["lift"]["episodes"][2:] == b["tasks"]["lift"]["episodes"]
-
-
-def test_results_are_never_mixed_or_overwritten_unasked(tmp_path):
-    flags = ("--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2", "--no-controls")
+def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
+    flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2", "--no-controls"
     out = tmp_path / "out"
     run(out, *flags)
-    with pytest.raises(InputError, match="--resume.*--overwrite"):
-        run(out, *flags)
-    with pytest.raises(InputError, match="made with execute None, now it is 2"):
-        run(out, *flags, "--resume", "--execute", "2")
-    with pytest.raises(InputError, match="made with fake 1, now it is 0.25"):
-        run(out, *flags, "--resume", "--spread", "0.25")
+    for more, message in (((), "--resume.*--overwrite"),
+                          (("--resume", "--execute", "2"), "made with execute None, now it is 2"),
+                          (("--resume", "--spread", "0.25"), "made with fake 1, now it is 0.25")):
+        with pytest.raises(InputError, match=message):
+            run(out, *flags, *more)
     write_checkpoint(tmp_path / "last.pt", seed=1)         # trained again under the same name
-    with pytest.raises(InputError, match="is of checkpoint"):
+    with pytest.raises(InputError, match="holds episodes of checkpoint"):
         run(out, *flags, "--resume")
     assert run(out, *flags, "--overwrite")
-    (out / "episodes.jsonl").write_text("not an episode\n")
-    with pytest.raises(InputError, match="line 1 is no episode"):
-        run(out, *flags, "--resume")
+    for line in ("[]", '{"arm": "noop"}', "no JSON"):
+        (out / "episodes.jsonl").write_text(f"{line}\n")
+        with pytest.raises(InputError, match="episodes.jsonl"):
+            run(out, *flags, "--resume")
+
+
+def test_a_checkpoint_that_is_replaced_during_a_run_is_noticed(tmp_path, bench):
+    name = write_checkpoint(tmp_path / "last.pt")
+    args = evaluate.arguments(["--workers", "0"])
+    job = evaluate.Job(evaluate.Arm(name).key, name, "push", 1_000_000)
+    write_checkpoint(tmp_path / "last.pt", seed=1)
+    with pytest.raises(InputError, match="was replaced while"):
+        list(evaluate.play_all([job], bench, args))
 
 
 # ---- the rollout -----------------------------------------------------------------------------------------
 
 
-def counting_policy(asked, n=4):
-    """Answers with a chunk that says when it was asked: action k of a chunk asked at step t is t + k / 10."""
-    def policy_fn(obs):
+def test_a_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
+    asked, looks = [], [0]
+
+    class Recorder:
+        max_steps, t = 7, 0
+
+        def reset(self, task, start):
+            return {"t": 0}
+
+        def step(self, action, look=True):
+            self.t += 1
+            looks.extend([self.t] * look)
+            return {"t": self.t} if look else None, False, False
+
+    def policy_fn(obs):                 # action k of the chunk of step t is t + k / 10
         asked.append(obs["t"])
-        return obs["t"] + np.arange(n)[:, None] / 10 * np.ones(7)
-    return policy_fn
+        return obs["t"] + np.arange(4)[:, None] / 10 * np.ones(7)
 
-
-class Recorder:
-    max_steps = 7
-
-    def reset(self, task, start):
-        self.done_actions, self.looks = [], [0]
-        return {"t": 0}
-
-    def step(self, action, look=True):
-        self.done_actions.append(action[0])
-        self.looks += [len(self.done_actions)] * look
-        return {"t": len(self.done_actions)} if look else None, False, False
-
-
-def test_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
-    env, asked = Recorder(), []
-    success, actions = evaluate.rollout(env, counting_policy(asked), ActionChunker(4, execute=3), "push", 1)
-    assert asked == env.looks == [0, 3, 6] and not success       # drawn only where it is looked at
+    success, actions = evaluate.rollout(Recorder(), policy_fn, ActionChunker(4, execute=3), "push", 1)
+    assert asked == looks == [0, 3, 6] and not success           # rendered only where it is looked at
     assert np.allclose(actions[:, 0], [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
-    assert np.array_equal(env.done_actions, actions[:, 0])
 
 
-def test_temporal_ensembling_online_is_the_average_one_would_compute_offline():
-    env, asked = Recorder(), []
-    chunker = ActionChunker(4, decay=0.3)
-    for _ in range(2):                                     # a second episode starts with no chunk left over
-        evaluate.rollout(env, counting_policy(asked), chunker, "push", 1)
-    expected = []
-    for now in range(7):
-        live = [(t + (now - t) / 10) for t in range(now + 1) if now - t < 4]        # each chunk's word on now
-        weights = np.exp(-0.3 * np.arange(len(live)))
-        expected.append(np.dot(weights, live) / weights.sum())
-    assert asked == [*range(7), *range(7)]
-    assert np.allclose(env.done_actions, expected)
-
-
-def test_rollout_stops_at_success_and_at_max_steps(bench):
-    env = FakeEnv((), 16)
-    for most in (None, 3):
-        policy_fn = evaluate.control("expert", bench, env, "push", 5, 0)
-        success, actions = evaluate.rollout(env, policy_fn, ActionChunker(1, 1), "push", 5, most)
-        assert (success, len(actions)) == ((True, env.steps) if most is None else (False, 3))
-        assert env.steps == len(actions)
-
-
-def test_the_policy_sees_pictures_as_the_dataset_stores_them(tmp_path):
-    policy, _ = evaluate.load_policy(write_checkpoint(tmp_path / "last.pt"))
-    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    obs = {"images": {"front": picture[::-1], "side": picture}, "proprio": np.arange(7.0)}   # negative stride
-    batch = evaluate.to_batch([obs], [np.ones(512, np.float32)], policy, "cpu")
-    assert list(batch["images"]) == ["front"]
-    assert np.array_equal(batch["images"]["front"][0], picture[::-1].transpose(2, 0, 1))
-    assert batch["proprio"].shape == (1, 7) and batch["proprio"].dtype == torch.float32
-    with pytest.raises(InputError, match="cameras"):
-        policy.act(evaluate.to_batch([{**obs, "images": {"side": picture}}], [np.ones(512, np.float32)],
-                                     policy, "cpu"))
+def test_a_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
+    flags = "--checkpoint", "random", "--tasks", "push", "--episodes", "3", "--video", "2"
+    _, episodes = run(tmp_path, *flags)
+    filmed = [(start, *episodes["random", "push", start]) for start in (1_000_000, 1_000_001)]
+    names = [f"push_{start}_{'success' if success else 'failure'}.mp4" for start, success, *_ in filmed]
+    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == names
+    video = cv2.VideoCapture(str(tmp_path / "videos" / names[0]))
+    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == filmed[0][2] + 1 + 10        # the end stays for 0.5 s
+    assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
 
 
 # ---- what is evaluated, on which starts ------------------------------------------------------------------
 
 
-def test_tasks_and_spread_come_from_the_checkpoint_unless_flags_say_otherwise(tmp_path, capsys):
-    checkpoint = write_checkpoint(tmp_path / "last.pt", extra={"spread": 0.5})
-    flags = ("--checkpoint", checkpoint, "--episodes", "2")
-    results = run(tmp_path / "a", *flags)
-    assert all(list(arm["tasks"]) == ["push", "lift"] for arm in results["arms"].values())
-    assert len(results["arms"]) == 3 and results["tasks"] == [2, 3]
-    results = run(tmp_path / "b", *flags, "--tasks", "1", "--no-controls")
-    assert len(results["arms"]) == 1 and list(results["arms"][results["hash"]]["tasks"]) == ["pull"]
-    assert "not trained on the instruction of pull" in capsys.readouterr().out
-    spread = [evaluate.twin_benchmark(evaluate.arguments(flag), {"extra": {"spread": 0.5}}).about["spread"]
-              for flag in ([], ["--spread", "1"])]
-    assert spread == [0.5, 1]
+@pytest.mark.parametrize("env", ["fake", "twin"])
+@pytest.mark.parametrize("what, action", [("units", prepare_data.LIBERO["action"]),
+                                          ("delta", {**robot.ACTION, "delta": [False] * 7})])
+def test_a_policy_for_actions_of_other_units_or_absolute_targets_is_refused(tmp_path, env, what, action):
+    """Width, cameras and rate are those of the environment, but the numbers mean something else."""
+    texts = ["lift the cup", robot.TASKS["stack_cups"].instruction]
+    name = write_checkpoint(tmp_path / "last.pt", instructions=texts, action=action)
+    with pytest.raises(InputError, match=f"^{name}.*{what}.*{env} has") as error:
+        run(tmp_path / "out", "--env", env, "--checkpoint", name)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and not FakeEnv.resets
+
+
+def test_unknown_units_are_assumed_to_be_right_and_said_to_be_unknown(tmp_path, capsys):
+    unknown = ["as in the source"] * 7                     # as `prepare_data.py lerobot` writes them
+    name = write_checkpoint(tmp_path / "last.pt", action={**robot.ACTION, "units": unknown})
+    run(tmp_path / "out", "--checkpoint", name, "--episodes", "1", "--no-controls")
+    assert "the units of its actions are unknown" in capsys.readouterr().out
 
 
 def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
     good = write_checkpoint(tmp_path / "good.pt")
-    latent = write_checkpoint(tmp_path / "latent.pt", head="latent")
+    pretrained = write_checkpoint(tmp_path / "pretrained.pt", stage="pretrain")
     foreign = write_checkpoint(tmp_path / "foreign.pt", instructions=["open the drawer"])
     slow = write_checkpoint(tmp_path / "slow.pt", mixture=[{"path": "data/robot", "fps": 20, "stride": 2}])
     broken = torch.load(good, weights_only=True)
     broken["policy"]["query"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
-    for flags, message in ((("--checkpoint", latent), "finetune it first"),
-                           (("--checkpoint", foreign), "--tasks"),
-                           (("--checkpoint", str(tmp_path / "broken.pt")), "NaN"),
-                           (("--checkpoint", slow), "actions of 10 Hz .* steps at 20 Hz"),
-                           (("--checkpoint", good, "--first", "-1"), "--first takes 0 or more"),
-                           (("--checkpoint", good, "--first", "48", "--episodes", "3"), "50 starts per task"),
-                           (("--checkpoint", good, "--tasks", "fly"), "push, pull, lift"),
-                           (("--checkpoint", good, "--execute", "5"), "1 to 4"),
-                           (("--checkpoint", "expert", "--compare", good, "--execute", "5"), "1 to 4"),
-                           (("--checkpoint", good, "--threads", "0"), "--threads takes 1 or more"),
-                           (("--checkpoint", good, "--batch", "0"), "--batch takes 1 or more"),
-                           (("--checkpoint", good, "--decay", "nan"), "--decay"),
-                           (("--checkpoint", good, "--max-steps", "21"), "1 to 20"),
-                           (("--checkpoint", good, "--compare", good), "another checkpoint"),
-                           (("--checkpoint", str(tmp_path / "absent.pt")), "no checkpoint at")):
+    for flags, message in (((pretrained,), "finetune.py --init"), ((foreign,), "--tasks"),
+                           ((str(tmp_path / "broken.pt"),), "NaN"), ((slow,), "10 Hz.*20 Hz"),
+                           ((good, "--first", "-1"), "--first takes 0 or more"),
+                           ((good, "--first", "48", "--episodes", "3"), "50 starts per task"),
+                           ((good, "--tasks", "fly"), "push, pull, lift"),
+                           ((good, "--execute", "5"), "1 to 4"),
+                           (("noop", "--compare", good, "--execute", "5"), "1 to 4"),
+                           (("expert",), "no scripted expert"),
+                           ((good, "--decay", "nan"), "--decay"),
+                           ((good, "--max-steps", "0"), "--max-steps takes 1 or more"),
+                           ((good, "--compare", good), "another checkpoint"),
+                           ((str(tmp_path / "absent.pt"),), "no checkpoint at")):
         with pytest.raises(InputError, match=message):
-            run(tmp_path / "out", *flags)
+            run(tmp_path / "out", "--checkpoint", *flags)
     assert not (tmp_path / "out").exists() and not FakeEnv.resets
 
 
-def test_smoke_is_a_preset_and_explicit_flags_win():
-    assert evaluate.arguments(["--smoke"]).episodes == evaluate.SMOKE["episodes"]
-    assert evaluate.arguments(["--smoke", "--episodes", "7"]).episodes == 7
+def test_tasks_words_and_spread_are_those_of_the_checkpoint_unless_flags_say_otherwise(
+        tmp_path, capsys, monkeypatch):
+    flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2"
+    results, _ = run(tmp_path / "a", *flags)
+    assert all(list(arm["tasks"]) == ["lift", "push"] for arm in results["arms"].values())
+    assert len(results["arms"]) == 3 and results["tasks"] == [2, 3]
+    results, _ = run(tmp_path / "b", *flags, "--tasks", "1", "--no-controls")
+    assert len(results["arms"]) == 1 and list(results["arms"][results["hash"]]["tasks"]) == ["pull"]
+    assert "not trained on the instruction of pull" in capsys.readouterr().out
+    texts = []
+    monkeypatch.setattr(evaluate, "policy_function", lambda policy, text, rng: texts.append(text) or (
+        lambda obs: np.zeros((4, 7))))
+    checkpoint = write_checkpoint(tmp_path / "other.pt", instructions=["push it", "lift"])
+    run(tmp_path / "c", "--checkpoint", checkpoint, "--tasks", "0,2", "--episodes", "1", "--no-controls")
+    assert texts == ["push it", "lift the cup"]            # the wording of the data, otherwise the usual one
+    spread = [evaluate.twin_benchmark(evaluate.arguments(flag), {"extra": {"spread": 0.5}}).about["spread"]
+              for flag in ([], ["--spread", "1"])]
+    assert spread == [0.5, 1]
 
 
-def test_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
-    results = run(tmp_path, "--checkpoint", "random", "--tasks", "push", "--episodes", "3", "--video", "2")
-    films = sorted(path.name for path in (tmp_path / "videos").iterdir())
-    episodes = results["arms"]["random"]["tasks"]["push"]["episodes"][:2]
-    assert films == [f"push_{e['start']}_{'success' if e['success'] else 'failure'}.mp4" for e in episodes]
-    video = cv2.VideoCapture(str(tmp_path / "videos" / films[0]))
-    assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == episodes[0]["steps"] + 1 + 10    # the end stands still
-    assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
+def test_a_policy_executes_as_it_was_made_for_unless_told(tmp_path, capsys):
+    """BAKU averages live chunks; Diffusion Policy executes 8 of 16, here its whole chunk of 4."""
+    names = [write_checkpoint(tmp_path / f"{name}.pt", policy=name) for name in SMALL]
+    for flags, wanted in ((("--compare", names[0]), ["4 per look", "temporal ensembling"]),
+                          (("--execute", "2"), ["2 per look"]), (("--execute", "0"), ["ensembling"])):
+        run(tmp_path / flags[-1][-1], "--checkpoint", names[1], "--episodes", "1", "--no-controls", *flags)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy")]
+        assert len(lines) == len(wanted) and all(text in line for text, line in zip(wanted, lines))
 
 
-# ---- statistics ------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k, n, low, high", [
-    (10, 10, 69.2, 100), (94, 100, 87.4, 97.8), (99, 100, 94.6, 100), (389, 400, 95.1, 98.6),
-    (823, 900, 89.4, 93.2), (475, 500, 92.7, 96.7), (1945, 2000, 96.4, 97.9)])
-def test_exact_intervals_are_the_published_ones(k, n, low, high):
-    interval = evaluate.rate_with_intervals(k, n)["clopper_pearson"]
-    assert np.allclose(np.multiply(interval, 100), [low, high], atol=0.06)
-
-
-def test_wilson_interval_is_the_closed_form():
+def test_the_wilson_interval_is_the_closed_form():
     k, n, z = 7, 30, 1.959964
     centre, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
-    assert np.allclose(evaluate.rate_with_intervals(k, n)["wilson"], [centre - half, centre + half])
+    rate = evaluate.success_rate([True] * k + [False] * (n - k))
+    assert np.allclose(rate["wilson"], [centre - half, centre + half]) and rate["successes"] == k
 
 
 def test_mcnemar_counts_only_pairs_that_differ():
-    ours = [True] * 10 + [False] * 2 + [True] * 15 + [False] * 3
-    other = [False] * 10 + [True] * 2 + [True] * 15 + [False] * 3
-    test = evaluate.mcnemar(ours, other)
-    assert (test["only_ours"], test["only_other"], test["both"], test["neither"]) == (10, 2, 15, 3)
+    first = [True] * 10 + [False] * 2 + [True] * 15 + [False] * 3
+    second = [False] * 10 + [True] * 2 + [True] * 15 + [False] * 3
+    test = evaluate.mcnemar(first, second)
+    assert (test["n"], test["only_first"], test["only_second"]) == (30, 10, 2)
     assert test["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)        # two-sided sign test, 2 in 12
     assert test["difference"] == pytest.approx(8 / 30)
     assert evaluate.mcnemar([True] * 5, [True] * 5)["p_value"] == 1
 
 
-def test_detectable_difference_is_found_four_times_in_five():
-    n, discordant = 150, 45
-    least = evaluate.detectable_difference(n, discordant)
-    rng = np.random.default_rng(0)
-    power = []
-    for difference in (least, least - 2 / n):
-        share = discordant / n
-        pairs = rng.multinomial(n, [(share + difference) / 2, (share - difference) / 2, 1 - share], 2000)
-        table = {(a, b): binomtest(a, a + b).pvalue < 0.05
-                 for a, b in {(int(a), int(b)) for a, b, _ in pairs}}
-        power.append(np.mean([table[int(a), int(b)] for a, b, _ in pairs]))
-    assert 0.78 < power[0] and power[1] < 0.8
-    assert evaluate.detectable_difference(5, 2) is None    # five pairs all going one way still have p = 0.06
+def test_two_policies_play_the_same_starts_and_results_of_a_folder_are_those_of_the_run(tmp_path, capsys):
+    names = [write_checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (0, 1)]
+    results, episodes = run(tmp_path / "out", "--checkpoint", names[0], "--compare", names[1],
+                            "--episodes", "6")
+    keys = [evaluate.Arm(name).key for name in names]
+    outcomes = [[episodes[key, task, 1_000_000 + i][0] for task in ("push", "lift") for i in range(6)]
+                for key in keys]
+    test = {"arms": keys, "unpaired": 0, **evaluate.mcnemar(*outcomes)}
+    assert len(results["arms"]) == 4 and results["comparison"] == test and test["n"] == 12
+    capsys.readouterr()
+    evaluate.main(["--results", str(tmp_path / "out")])
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["provenance"] and {k: v for k, v in again.items() if k != "provenance"} == results
+    assert f"{names[0]} minus {names[1]}" in capsys.readouterr().out
 
 
-def test_two_policies_meet_on_the_same_starts(tmp_path):
-    one, two = (write_checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (0, 1))
-    results = run(tmp_path / "out", "--checkpoint", one, "--compare", two, "--episodes", "6")
-    assert len(results["arms"]) == 4 and results["comparison"]["n"] == 12
-    starts = [[e["start"] for e in arm["tasks"]["lift"]["episodes"]] for arm in results["arms"].values()]
-    assert all(s == list(range(1_000_000, 1_000_006)) for s in starts)
-    ours, other = [[e["success"] for t in arm["tasks"].values() for e in t["episodes"]]
-                   for arm in list(results["arms"].values())[:2]]
-    assert results["comparison"] | evaluate.mcnemar(ours, other) == results["comparison"]
+def test_results_of_the_arms_episodes_pair_the_starts_that_both_policies_played(tmp_path, capsys):
+    """As `robot.py rollout` writes them: no results.json, policies alternate, the last line is torn."""
+    path = tmp_path / "episodes.jsonl"
+    for start, arm, success in [(0, "a", 1), (0, "b", 0), (1, "b", 1), (1, "a", 1), (2, "a", 1), (2, "b", 0),
+                                (3, "b", 0)]:
+        append_line(path, {"arm": arm, "label": f"{arm}.pt", "task": "stack_cups", "start": start,
+                           "success": bool(success), "steps": 100, "seconds": 5.0, "actions": "",
+                           "settings": {}, "commit": "f", "machine": "m",
+                           "aborted": None if success else "keyboard"})
+    with open(path, "a") as f:
+        f.write('{"arm": "a", "la')
+    evaluate.main(["--results", str(tmp_path)])
+    results, shown = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    assert [results["arms"][arm]["overall"]["successes"] for arm in "ab"] == [3, 1]
+    c = results["comparison"]
+    assert (c["n"], c["unpaired"], c["only_first"], c["only_second"], c["p_value"]) == (3, 1, 2, 0, 0.5)
+    assert "a.pt minus b.pt: +67 points" in shown and "3/3" in shown and "3 episodes" in shown
+    with pytest.raises(InputError, match="no finished episode.*rollout"):
+        evaluate.main(["--results", str(tmp_path / "elsewhere")])
 
 
-def test_the_papers_rows_stand_beside_ours_and_only_what_is_alike_is_ours(tmp_path):
-    """Other suites count when made with the same settings; a part of a suite says so."""
-    arm = evaluate.Arm("abc", "mine")
+def test_the_papers_table_takes_only_comparable_results_as_ours(tmp_path):
+    """Other suites count when they were run with the same settings; a part of a suite is marked."""
+    arm = evaluate.Arm("noop")
     settings = {"env": "libero_goal", "max_steps": None, "execute": 5}
 
     def write(folder, done, tasks, **other):
         (tmp_path / folder).mkdir(exist_ok=True)
+        rate = evaluate.success_rate([True] * done + [False] * (100 - done))
         (tmp_path / folder / "results.json").write_text(json.dumps({
-            "settings": settings | other, "tasks": tasks,
-            "arms": {"abc": {"overall": evaluate.rate_with_intervals(done, 100)}}}))
+            "settings": settings | other, "tasks": tasks, "arms": {"noop": {"overall": rate}}}))
 
     write("here", 50, [10, 10])
     write("eval_libero_goal", 99, [10, 10])                                # an older run of the same suite
@@ -419,10 +356,10 @@ def test_the_papers_rows_stand_beside_ours_and_only_what_is_alike_is_ours(tmp_pa
     write("eval_libero_object", 70, [10, 10], env="libero_object", execute=1)
     last = evaluate.paper_table(tmp_path / "here", arm, settings).splitlines()[-1]
     assert [cell.strip() for cell in last.split("|")[1:-1]] == [
-        "mine", "not run", "not run", "50.0 [40, 60], n 100", "30.0 [22, 40], n 100 (3 of 10 tasks)",
-        "not run"]
-    short = settings | {"max_steps": 20}
+        "noop", "not run", "not run", "50.0 [40.4, 59.6], 50/100",
+        "30.0 [21.9, 39.6], 30/100 (3 of 10 tasks)", "not run"]
     write("here", 50, [10, 10], max_steps=20)
+    short = settings | {"max_steps": 20}
     assert evaluate.paper_table(tmp_path / "here", arm, short).splitlines()[-1].count("not run") == 5
 
 
@@ -437,47 +374,26 @@ def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsy
     assert [row.split("|")[1].strip() for row in rows[2:4]] == ["two", "one"] and "/6" in rows[2]
     assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
     (tmp_path / "list.json").write_text("[]")
-    for flags, words in ((files, "--overwrite replaces it"),
-                         ([str(tmp_path / "one.pt")], "no results.json of"),
-                         ([str(tmp_path / "list.json")], "no results.json of")):
+    for out, words, *files in ((".", "--overwrite", *files), ("new", "not a results", tmp_path / "one.pt"),
+                               ("new", "not a results", tmp_path / "list.json")):
         with pytest.raises(InputError, match=words):
-            evaluate.main(["--figure", *flags, "--out", str(tmp_path / ("" if flags == files else "new"))])
-
-
-def test_a_policy_executes_as_it_was_made_for_unless_told(tmp_path):
-    """BAKU averages live chunks, Diffusion Policy executes 8 of 16: here its whole chunk of 4."""
-    files = [write_checkpoint(tmp_path / f"{name}.pt", policy=name) for name in SMALL]
-    results = run(tmp_path / "own", "--checkpoint", files[0], "--compare", files[1], "--episodes", "1",
-                  "--no-controls")
-    assert [arm["execute"] for arm in results["arms"].values()] == [None, 4]
-    for flag, wanted in (("2", 2), ("0", None)):
-        results = run(tmp_path / flag, "--checkpoint", files[1], "--episodes", "1", "--no-controls",
-                      "--execute", flag)
-        assert [arm["execute"] for arm in results["arms"].values()] == [wanted]
+            evaluate.main(["--figure", *map(str, files), "--out", str(tmp_path / out)])
 
 
 # ---- the twin itself -------------------------------------------------------------------------------------
 
 
-def test_controls_and_the_expert_run_on_the_twin_with_worker_processes(tmp_path):
-    evaluate.main(["--checkpoint", "expert", "--tasks", "0", "--episodes", "1", "--max-steps", "3",
-                   "--workers", "1", "--out", str(tmp_path)])
-    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
-    assert list(arms) == ["expert", "noop", "random"] and all(a["overall"]["n"] == 1 for a in arms.values())
-
-
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
 def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
-    args = evaluate.arguments(["--spread", "0.5"])
-    twin = evaluate.twin_benchmark(args, {})
-    arm = evaluate.make_arm(write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"]), 1, "cpu")
-    arm.learn(twin)
-    job = evaluate.Job(arm.key, "stack_cups", 1_000_000, 0, 4, None, 0.01, 12, ("front",), 16, None)
-    others = [job._replace(task="cup_in_bowl", start=7), job._replace(arm="random", chunk=1),
-              job._replace(execute=2)]
-    jobs = [job, *others, job._replace(film=str(tmp_path))]
-    first, *_, filmed = evaluate.play_all(jobs, {arm.key: arm}, twin, 0)
+    name = write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"])
+    flags = "--spread", "0.5", "--max-steps", "12", "--workers", "0", "--out", str(tmp_path)
+    args = evaluate.arguments(flags)
+    job = evaluate.Job(evaluate.Arm(name).key, name, "stack_cups", 1_000_000)
+    others = [job._replace(task="cup_in_bowl", start=7),
+              *[job._replace(arm=control, label=control) for control in evaluate.CONTROLS]]
+    jobs = [job, *others, job._replace(film=True)]
+    first, *_, filmed = evaluate.play_all(jobs, evaluate.twin_benchmark(args, {}), args)
     for line in (first, filmed):
         line.pop("seconds")
     assert first == filmed and first["steps"] == 12
-    assert (tmp_path / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
+    assert (tmp_path / "videos" / "stack_cups_1000000_failure.mp4").stat().st_size > 1000

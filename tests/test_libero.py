@@ -1,4 +1,4 @@
-"""Claims about LIBERO, in the real simulator: repeatable episodes, the converter's pictures."""
+"""Claims about LIBERO, in the real simulator: repeatable episodes, the same pictures as the converter's."""
 import json
 import subprocess
 import sys
@@ -12,7 +12,8 @@ import torch
 
 import evaluate
 import prepare_data
-from models import BAKU, InputError, make_policy, save_checkpoint
+import robot
+from models import BAKU, InputError, make_policy, read_json, read_lines, save_checkpoint
 
 DRAWER = "pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
@@ -27,8 +28,8 @@ def libero(libero_assets):
 
 
 def test_an_episode_does_not_depend_on_those_before_it(libero):
-    """In a scene with drawers, whose random opening LIBERO draws once more with every reset; another scene
-    and a film in between."""
+    """The scene has drawers, whose opening LIBERO draws once more with every reset. Another scene and a film
+    come in between."""
     bench = libero("libero_spatial")
     env, other_task = bench.make(("wrist",), 32), list(bench.tasks)[0]
 
@@ -49,19 +50,19 @@ def test_an_episode_does_not_depend_on_those_before_it(libero):
 
 
 def test_it_is_the_stored_state_that_an_episode_starts_from(libero):
-    """Settled for half a second, things stand where their own stored state says, not where any other does."""
+    """After half a second, the objects are closest to their own stored state, not to one of the other 49."""
     env = libero("libero_object").make((), 0)
     states = evaluate.stored_states(env.root, "libero_object", SOUP)
     assert states.shape[0] == 50
     for start in (0, 49):
         env.reset(SOUP, start)
-        apart = np.abs(env.sim.get_sim_state() - states)[:, 10:59].reshape(50, 7, 7)      # things, poses
+        apart = np.abs(env.sim.get_sim_state() - states)[:, 10:59].reshape(50, 7, 7)      # objects, poses
         apart = apart[..., :2].max((1, 2))                                            # (50,) m, horizontally
         assert apart.argmin() == start and apart[start] < 0.002 < 0.005 < np.median(apart)
 
 
 def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
-    """Same states, drawn by both: upright, same size, apart by JPEG alone; proprioception, too."""
+    """Both render the same states: upright, of the same size, different by JPEG alone; proprioception, too."""
     env = libero("libero_object").make(("agentview", "wrist"), 64)
     seen, states, actions = [env.reset(SOUP, 0)], [env.sim.get_sim_state()], []
     for _ in range(6):
@@ -90,39 +91,48 @@ def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
             assert flipped > 10 and mirrored > 5
 
 
-def write_checkpoint(path, instruction):
+def write_checkpoint(path, action):
     torch.manual_seed(0)
-    config = dict(policy="baku", cameras=["agentview", "wrist"], image_size=32, chunk=4, text_dim=512,
+    config = dict(policy="baku", cameras=["agentview", "wrist"], image_size=32, chunk=4, text_encoder="hash",
                   proprio_dim=8, action_dim=7, latent_dim=7, latent_norm=True, head="action",
                   proprio_dropout=0.0, **(BAKU.SIZES["tiny"] | dict(width=64, layers=1, heads=2, channels=8)))
     policy = make_policy(config)
     policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7})
+    data = {"instructions": [SOUP.replace("_", " ")], "action": action}
     save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(),
-                               text_encoder="hash", data={"instructions": [instruction]}))
-    return path
+                               data=data))
+    return str(path)
+
+
+@pytest.mark.parametrize("what, action", [("units", robot.ACTION),
+                                          ("delta", {**prepare_data.LIBERO["action"], "delta": [False] * 7})])
+def test_a_policy_for_other_actions_is_refused(libero, tmp_path, what, action):
+    """Cameras, proprioception and the number of actions fit; the meaning of the numbers does not."""
+    checkpoint = write_checkpoint(tmp_path / "last.pt", action)
+    with pytest.raises(InputError, match=f"^{checkpoint}.*{what}.*libero_object has"):
+        evaluate.main(["--env", "libero_object", "--checkpoint", checkpoint])
 
 
 def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change_nothing(libero, tmp_path):
     """As in a container: the home folder cannot be written, there is no DISPLAY and nothing on stdin."""
-    checkpoint = write_checkpoint(tmp_path / "last.pt", SOUP.replace("_", " "))
+    checkpoint = write_checkpoint(tmp_path / "last.pt", prepare_data.LIBERO["action"])
     outcomes = []
     for workers in ("2", "0"):
         out = tmp_path / workers
         code = ("import os, sys; os.environ.pop('DISPLAY', None); os.environ['HOME'] = '/dev/null/nowhere'; "
                 "import evaluate; evaluate.main(sys.argv[1:])")
-        flags = ["--env", "libero_object", "--checkpoint", str(checkpoint), "--episodes", "2", "--first", "7",
+        flags = ["--env", "libero_object", "--checkpoint", checkpoint, "--episodes", "2", "--first", "7",
                  "--max-steps", "8", "--execute", "2", "--workers", workers, "--out", str(out), "--video",
                  "1", "--no-controls"]
         done = subprocess.run([sys.executable, "-c", code, *flags], stdin=subprocess.DEVNULL, text=True,
                               capture_output=True, cwd=Path(evaluate.__file__).parent)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-        results = json.loads((out / "results.json").read_text())
-        outcomes.append({key: arm["tasks"] for key, arm in results["arms"].items()})
-    assert outcomes[0] == outcomes[1]
-    (tasks,) = outcomes[0].values()
-    assert list(tasks) == [SOUP] and [e["start"] for e in tasks[SOUP]["episodes"]] == [7, 8]
+        outcomes.append({(x["task"], x["start"]): (x["success"], x["actions"])
+                         for x in read_lines(out / "episodes.jsonl")})
+    assert outcomes[0] == outcomes[1] and sorted(outcomes[0]) == [(SOUP, 7), (SOUP, 8)]
     assert (out / "videos" / f"{SOUP}_7_failure.mp4").stat().st_size > 1000
-    assert {"mujoco", "robosuite", "libero", "assets", "settle", "gl"} <= set(results["settings"])
+    settings = read_json(out / "results.json")["settings"]
+    assert {"mujoco", "robosuite", "libero", "assets", "settle", "gl"} <= set(settings)
     assert "paper: LAWM, BAKU" in done.stdout and "1 of 10 tasks x 2" in done.stdout
 
 
@@ -145,5 +155,4 @@ def test_every_task_of_every_suite_has_its_states_and_its_wordings(libero):
             assert len(np.unique(states, axis=0)) == len(bench.starts) and np.isfinite(states).all()
         assert all(text == text.lower() and "_" not in text and len(text) > 10
                    for task in bench.tasks.values() for text in task.wordings)
-    soup = libero("libero_object").tasks[SOUP]
-    assert [evaluate.wording(soup, known) for known in ([], [soup.wordings[1]])] == list(soup.wordings)
+    assert len(libero("libero_object").tasks[SOUP].wordings) == 2       # the file's own, and its name's
