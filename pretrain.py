@@ -240,6 +240,17 @@ def open_loop_strip(z, world_model, batch, path, clips=4, scale=2):
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
+def check(args):
+    """InputError for values that cannot work."""
+    at_least(args, 1, "chunk", "latent_dim", "steps", "every", "eval_windows")
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    # One sample has no variance, and no other clip whose latent actions could be taken.
+    at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
+    if args.latent_source == "inverse" and args.latents != "learned":
+        raise InputError(f"--latents {args.latents} is a control for the policy's own latent actions: leave "
+                         "out --latent-source inverse")
+
+
 def open_data(args):
     """-> training windows, held-out windows, and {"train", "val": labelled windows} or None for the probe."""
     views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
@@ -294,13 +305,7 @@ def build(args, train):
 
 def main(argv=None):
     args = arguments(argv)
-    at_least(args, 1, "chunk", "latent_dim", "steps", "every", "eval_windows")
-    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
-    # One sample has no variance, and no other clip whose latent actions could be taken.
-    at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
-    if args.latent_source == "inverse" and args.latents != "learned":
-        raise InputError(f"--latents {args.latents} is a control for the policy's own latent actions: leave "
-                         "out --latent-source inverse")
+    check(args)
     out, origin, device = Path(args.out), provenance(), pick_device(args.device)
     checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers",
                                       "every"})

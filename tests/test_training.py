@@ -1,121 +1,147 @@
-"""Claims of pretrain.py and finetune.py: they run and learn, resume to the bit, and refuse what cannot be."""
+"""Claims of pretrain.py and finetune.py: they learn, resume to the bit, and refuse what cannot work."""
+import ast
+import inspect
 import json
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import finetune
 import models
 import pretrain
-from conftest import metrics, stop_after, write_dataset
+from conftest import metrics, stop_after
 from models import InputError
-from world_model import shuffled_within
+
+FLAGS = "--smoke --device cpu --steps 4 --every 2 --batch-size 4".split()
 
 
-def weights(run):
-    return models.load_checkpoint(Path(run) / "last.pt")["policy"]
-
-
-def pre(data, out, *flags):
-    pretrain.main(["--smoke", "--data", data.video, "--probe-data", data.robot, "--out", str(out),
-                   "--device", "cpu", *flags])
+def pre(data, out, *flags, video=None):
+    pretrain.main([*FLAGS, "--data", video or data.video, "--probe-data", "none", "--out", str(out), *flags])
+    return models.load_checkpoint(Path(out) / "last.pt")
 
 
 def fine(data, out, *flags):
-    finetune.main(["--smoke", "--data", data.robot, "--out", str(out), "--device", "cpu", *flags])
+    finetune.main([*FLAGS, "--data", data.robot, "--out", str(out), *flags])
+    return models.load_checkpoint(Path(out) / "last.pt")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
 def pretrained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "pretrain"
-    pre(data, out)
+    pre(data, out, "--probe-data", data.robot)
     return out / "last.pt"
+
+
+# ---- the four lines ----
+
+def test_the_four_lines_stand_together_without_a_branch_and_main_fits_two_screens():
+    main = ast.parse(inspect.getsource(pretrain.main)).body[0]
+    loop = next(node for node in main.body if isinstance(node, ast.For))
+    code = [ast.unparse(statement) for statement in loop.body]
+    four = [next(i for i, line in enumerate(code) if line.startswith(words)) for words in (
+        "z = policy.latent_actions", "loss, logs = world_model.loss", "loss.backward", "optimizer.step")]
+    between = loop.body[four[0]:four[-1] + 1]
+    assert four == sorted(four) and between[-1].lineno - between[0].lineno < 10
+    assert all(isinstance(statement, (ast.Assign, ast.Expr)) for statement in between), "no branch, no loop"
+    assert not any(isinstance(node, ast.IfExp) for statement in between for node in ast.walk(statement))
+    for script in (pretrain, finetune):
+        assert len(inspect.getsource(script.main).splitlines()) < 110
 
 
 # ---- exact resume ----
 
-def test_pretraining_resumed_equals_uninterrupted_to_the_bit(data, pretrained, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, pretrain, 4)
-        with pytest.raises(KeyboardInterrupt):
-            pre(data, tmp_path / "run")
+def test_pretraining_killed_and_resumed_equals_an_uninterrupted_run_to_the_bit(data, pretrained, tmp_path):
+    flags = [*FLAGS, "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "run")]
+    killed = subprocess.run([sys.executable, "-c", (
+        "import os, signal, conftest, pretrain; save = pretrain.save_checkpoint\n"
+        "pretrain.save_checkpoint = lambda *a: save(*a) or os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"pretrain.main({flags!r})")], cwd=Path(__file__).parent, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
-        f.write('{"step": 6, "loss": 0.0}\n{"step": 6, "lo')        # lines after the checkpoint, one torn
-    pre(data, tmp_path / "run", "--resume")
-    for part in ("policy", "world_model"):
-        a, b = (models.load_checkpoint(p)[part] for p in (pretrained, tmp_path / "run" / "last.pt"))
-        assert all(torch.equal(a[k], b[k]) for k in a), f"{part} differs after resume"
-    drop = lambda run: [{k: v for k, v in line.items() if k != "waiting"}   # noqa: E731
-                        for line in metrics(run)]
-    assert drop(tmp_path / "run") == drop(pretrained.parent)
+        f.write('{"step": 4, "loss": 0.0}\n{"step": 4, "lo')        # lines after the checkpoint, one torn
+    pretrain.main([*flags, "--resume"])
+    whole, resumed = (models.load_checkpoint(p) for p in (pretrained, tmp_path / "run" / "last.pt"))
+    assert equal(whole["policy"], resumed["policy"]) and equal(whole["world_model"], resumed["world_model"])
+    logged = [[{k: v for k, v in line.items() if k != "waiting"} for line in metrics(run)]
+              for run in (pretrained.parent, tmp_path / "run")]
+    assert logged[0] == logged[1]
 
 
-def test_finetuning_resumed_equals_uninterrupted_to_the_bit(data, pretrained, tmp_path, monkeypatch):
-    fine(data, tmp_path / "whole", "--init", str(pretrained))
+@pytest.mark.parametrize("flags", [["--init", "begin.pt"],
+                                   ["--init", "scratch", "--policy", "diffusion"]], ids=" ".join)
+def test_finetuning_resumes_to_the_bit_without_the_checkpoint_it_began_from(data, pretrained, tmp_path,
+                                                                            monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    Path("begin.pt").write_bytes(pretrained.read_bytes())
+    whole = fine(data, "whole", *flags)
     with monkeypatch.context() as patch:
-        stop_after(patch, finetune, 4)
+        stop_after(patch, finetune, 2)
         with pytest.raises(KeyboardInterrupt):
-            fine(data, tmp_path / "run", "--init", str(pretrained))
-    fine(data, tmp_path / "run", "--init", str(pretrained), "--resume")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+            fine(data, "run", *flags)
+    Path("begin.pt").unlink()
+    resumed = fine(data, "run", *flags, "--resume")
+    assert equal(whole["policy"], resumed["policy"])
+    if "diffusion" in flags:
+        assert not equal(whole["policy"], whole["last_weights"]), "the averaged weights are what is evaluated"
+        assert equal(whole["last_weights"], resumed["last_weights"])
 
 
-def test_resume_with_other_flags_or_other_data_is_refused(data, pretrained, tmp_path):
-    with pytest.raises(InputError, match="--lr 0.0003, now it is 0.1"):
-        pre(data, pretrained.parent, "--resume", "--lr", "0.1")
-    with pytest.raises(InputError, match="nothing to resume"):
-        pre(data, tmp_path / "none", "--resume")
+def test_a_run_is_never_overwritten_unasked_and_never_resumed_with_other_flags_or_data(data, pretrained,
+                                                                                       tmp_path):
     before = pretrained.read_bytes()
-    with pytest.raises(InputError, match="--resume goes on with it, --overwrite"):
-        pre(data, pretrained.parent)
-    assert pretrained.read_bytes() == before, "a run that exists is never overwritten unasked"
-
-
-def test_a_checkpoint_that_lies_in_the_run_folder_is_not_lost(data, pretrained, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last.pt").write_bytes(pretrained.read_bytes())
-    with pytest.raises(InputError, match="already holds a run"):
-        pre(data, tmp_path / "run")
-    assert (tmp_path / "run" / "last.pt").read_bytes() == pretrained.read_bytes()
-
-
-def test_finetuning_resumes_without_the_checkpoint_it_began_from(data, pretrained, tmp_path, monkeypatch):
-    begin = tmp_path / "begin.pt"
-    begin.write_bytes(pretrained.read_bytes())
-    with monkeypatch.context() as patch:
-        stop_after(patch, finetune, 4)
-        with pytest.raises(KeyboardInterrupt):
-            fine(data, tmp_path / "run", "--init", str(begin))
-    begin.unlink()
-    fine(data, tmp_path / "run", "--init", str(begin), "--resume")
-    assert models.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+    for flags, words in ((["--resume", "--lr", "0.1"], "--lr 0.0003, now it is 0.1"),
+                         (["--resume", "--data", data.robot], "data .* now it is"),
+                         (["--resume", "--out", str(tmp_path / "none")], "nothing to resume"),
+                         ([], "--overwrite")):
+        with pytest.raises(InputError, match=words):
+            pre(data, pretrained.parent, "--probe-data", data.robot, *flags)
+    assert pretrained.read_bytes() == before
 
 
 # ---- what pretraining watches ----
 
-def test_detached_latents_are_noticed_at_the_first_step(data, tmp_path, monkeypatch):
+def test_detached_latent_actions_are_an_error_before_the_first_step(data, tmp_path, monkeypatch):
     original = models.Policy.latent_actions
     monkeypatch.setattr(models.Policy, "latent_actions", lambda self, obs: original(self, obs).detach())
-    with pytest.raises(InputError, match="no finite, non-zero gradient to .* policy tensors"):
+    with pytest.raises(InputError, match=r"reaches 0 of (\d+) policy tensors, but not .*detaches"):
         pre(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
-def test_shuffling_stays_within_the_instruction_and_moves_every_row_that_has_a_partner():
-    groups = torch.tensor([0, 0, 0, 1, 2, 2])
-    index, paired = shuffled_within(groups, torch.Generator().manual_seed(0))
-    assert torch.equal(groups[index], groups) and (index[paired] != torch.arange(6)[paired]).all()
-    assert paired.tolist() == [True, True, True, False, True, True] and index[3] == 3
+def test_a_gradient_of_zero_is_a_warning_that_names_the_tensors_and_training_goes_on(data, tmp_path, capsys,
+                                                                                     monkeypatch):
+    monkeypatch.setattr(models.TextEncoder, "__call__",
+                        lambda self, texts: np.zeros((len(texts), 512), np.float32))
+    pre(data, tmp_path / "run", "--steps", "2")
+    text = capsys.readouterr().out
+    assert "exactly zero for tokens.instruction_encoder.weight: these tensors do not learn" in text
+    assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_shuffle_ratio_sees_whether_the_world_model_uses_the_latents():
+def test_a_short_chunk_is_a_warning_with_the_flag_that_makes_it_longer(data, tmp_path, capsys):
+    pre(data, tmp_path / "a", "--steps", "1", "--chunk", "8")
+    assert "a chunk spans 0.40 s, in which little moves: try --strides 2\n" in capsys.readouterr().out
+    pre(data, tmp_path / "b", "--steps", "1", "--chunk", "8", "--strides", "2")
+    assert "little moves" not in capsys.readouterr().out
+
+
+def test_shuffle_ratio_sees_whether_the_world_model_uses_the_latent_actions():
     """A stand-in with error |a - truth| uses its actions: ratio above 1. One that ignores them: exactly 1."""
     class World:
-        config = {"predict": "prior"}
         uses = True
 
-        def losses(self, frames, actions, proprio, **_):
+        def losses(self, frames, actions, **_):
             error = (actions[..., 0] - frames[:, 1:, 0, 0, 0].float() / 255).abs() * self.uses + 0.1
             return {k: error for k in ("still", "recon", "open_loop", "open_loop_plain", "kl_dyn", "kl_rep")}
 
@@ -126,13 +152,11 @@ def test_shuffle_ratio_sees_whether_the_world_model_uses_the_latents():
     z = frames[:, 1:, 0, 0, :1].float() / 255
     batch = {"frames": frames, "is_pad": torch.zeros(8, 3, dtype=torch.bool),
              "instruction_id": torch.arange(8) % 2, "episode": torch.arange(8) // 4}
-    world = World()
+    world, names = World(), ("shuffle_ratio", "shuffle_ratio/episode", "zero_ratio/open_loop")
     used = pretrain.latent_action_report(z, world, batch, 0)
     world.uses = False
     ignored = pretrain.latent_action_report(z, world, batch, 0)
-    assert (used["shuffle_ratio"] > 1.5 and ignored["shuffle_ratio"] == 1
-            and ignored["zero_ratio/open_loop"] == 1)
-    assert used["shuffle_ratio/episode"] > 1.5 and ignored["shuffle_ratio/episode"] == 1
+    assert all(used[name] > 1.5 and ignored[name] == 1 for name in names)
 
 
 def test_pretraining_reports_every_metric_and_draws_the_strip(pretrained):
@@ -144,92 +168,112 @@ def test_pretraining_reports_every_metric_and_draws_the_strip(pretrained):
         "4 clips x (truth, imagined, error), 11 frames, scale 2")
 
 
+def test_what_the_world_model_is_fed_with_each_flag():
+    z, batch = torch.randn(4, 3, 7, requires_grad=True), {
+        "frames": torch.randint(0, 255, (4, 4, 3, 16, 16), dtype=torch.uint8),
+        "actions": torch.rand(4, 3, 7) * 2 + 3, "is_pad": torch.zeros(4, 3, dtype=torch.bool)}
+    train = Namespace(action_dim=7, limits=lambda key: {"min": [3.0] * 7, "max": [5.0] * 7})
+    for kind, wanted in (("learned", z), ("shuffled", z[[2, 3, 0, 1]]), ("zero", z * 0), ("detached", z),
+                         ("true", batch["actions"] - 4)):                             # [3, 5] -> [-1, 1]
+        actions, extra = pretrain.make_feed(Namespace(latents=kind, device="cpu"), train, {})(z, batch)
+        torch.testing.assert_close(actions, wanted)
+        assert extra == 0 and actions.requires_grad == (kind in ("learned", "shuffled")), kind
+    inverse = models.InverseDynamics(dict(size="tiny", image_size=16, action_dim=7, views=1))
+    feed = pretrain.make_feed(Namespace(latents="learned", device="cpu"), train, {"inverse": inverse})
+    actions, distilled = feed(z, batch)
+    torch.testing.assert_close(distilled, ((z - actions) ** 2).mean())
+    distilled.backward()
+    assert z.grad.any() and all(p.grad is None for p in inverse.parameters()), "the policy follows, alone"
+
+
 def test_pretraining_learns(data, tmp_path):
-    """Next frames of the moving square follow from the picture: the loss falls and the latents are used."""
-    pretrain.main(["--data", data.video, "--probe-data", "none", "--out", str(tmp_path), "--device", "cpu",
-                   "--steps", "150", "--batch-size", "16", "--log-every", "25", "--eval-every", "1000",
-                   "--save-every", "1000", "--eval-windows", "64"])
+    """The next frames of the moving square follow from its picture: the loss falls, the latents are used."""
+    pre(data, tmp_path, *"--steps 40 --every 40 --batch-size 8 --chunk 5 --warmup 5".split())
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0], losses
-    assert lines[-1]["z_std"] > 0.2 or lines[-2]["z_std"] > 0.2
+    assert lines[-1]["z_std"] > 0.2
 
 
 # ---- finetuning ----
 
 def test_finetuning_beats_chance_and_reports_units(data, pretrained, tmp_path):
-    finetune.main(["--data", data.robot, "--init", str(pretrained), "--out", str(tmp_path), "--device", "cpu",
-                   "--steps", "150", "--batch-size", "16", "--eval-every", "150", "--shift", "0"])
-    lines = metrics(tmp_path)
-    stats = json.loads((Path(data.robot) / "dataset.json").read_text())["statistics"]["actions"]
-    last = [line for line in lines if "val_l1/0" in line][-1]
+    fine(data, tmp_path, "--init", str(pretrained),
+         *"--steps 60 --every 60 --batch-size 16 --shift 0 --warmup 5".split())
+    last = metrics(tmp_path)[-1]
+    std = json.loads((Path(data.robot) / "dataset.json").read_text())["statistics"]["actions"]["std"][0]
     assert last["val_l1/6"] < 0.8 * 0.5, "side of the picture, 0 or 1: better than always saying one half"
-    assert 0 < last["val_l1/0"] < 3 * stats["std"][0], "in the data's units"
+    assert 0 < last["val_l1/0"] < 3 * std, "in the data's units"
 
 
-def test_finetuning_says_what_is_new(data, pretrained, tmp_path, capsys):
-    fine(data, tmp_path, "--init", str(pretrained))
-    text = capsys.readouterr().out
-    new = next(line for line in text.splitlines() if line.startswith("new"))
-    assert ("action_out.weight" in new and "camera_embedding.1" in new
-            and "proprio_encoder.0.weight" in new and "trunk" not in new)
+def test_finetuning_adds_cameras_and_proprioception_and_names_what_is_new(data, pretrained, tmp_path, capsys):
+    """--freeze-steps trains only what is new: after it everything else is as it was pretrained."""
+    before = models.load_checkpoint(pretrained)["policy"]
+    after = fine(data, tmp_path, "--init", str(pretrained), "--freeze-steps", "9")
+    new = re.search("^new .*: (.+)$", capsys.readouterr().out, re.M)[1].split(", ")
+    assert {"action_out.weight", "tokens.camera_embedding.1", "tokens.proprio_encoder.0.weight"} <= set(new)
+    assert not any("trunk" in name for name in new) and set(new) == set(after["new"])
+    assert all(name in new or torch.equal(after["policy"][name], before[name]) for name in after["policy"])
+    assert after["config"]["cameras"] == ["front", "side"] and after["config"]["proprio_dim"] == 7
+    unfrozen = fine(data, tmp_path / "b", "--init", str(pretrained), "--freeze-steps", "3")["policy"]
+    assert not torch.equal(unfrozen["trunk.0.qkv.weight"], before["trunk.0.qkv.weight"]), "then the rest"
 
 
-def test_the_normaliser_knows_the_training_demonstrations_alone(data, tmp_path):
-    fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "1")
+@pytest.mark.parametrize("policy", models.POLICIES)
+def test_the_supervised_baseline_finetunes_a_finetuned_policy_with_a_new_last_layer(data, tmp_path, policy):
+    first = fine(data, tmp_path / "all", "--init", "scratch", "--policy", policy, "--steps", "2")["policy"]
+    frozen = fine(data, tmp_path / "few", "--init", str(tmp_path / "all" / "last.pt"), "--steps", "2",
+                  "--demos-per-task", "1", "--ema", "0", "--freeze-steps", "2")
+    new = frozen["new"]
+    assert all(torch.equal(frozen["policy"][name], first[name]) for name in first
+               if name not in new and "proprio_norm" not in name), "all else is taken over"
+    assert new and all(any(part.startswith(("action_", "style_action_in")) for part in name.split("."))
+                       for name in new), "the last layer and the normaliser of the actions, nothing else"
+    assert not torch.equal(frozen["policy"]["action_out.weight"], first["action_out.weight"])
+    assert frozen["config"]["text_encoder"] == "hash" 
+
+
+def test_the_normaliser_knows_the_training_demonstrations_alone(data, tmp_path, capsys):
+    checkpoint = fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "1", "--no-proprio")
+    assert ": 2 episodes, " in capsys.readouterr().out, "two tasks, one demonstration each"
+    assert checkpoint["config"]["proprio_dim"] is None
     few = pretrain.EpisodeDataset(data.robot, 10, split="train", demos_per_task=1)
     actions = torch.cat([few[i]["actions"][~few[i]["is_pad"]] for i in range(len(few))])
-    low = models.load_checkpoint(tmp_path / "last.pt")["policy"]["action_norm.low"]
+    low = checkpoint["policy"]["action_norm.low"]
     torch.testing.assert_close(low, actions.min(0).values)
     assert (low > torch.tensor(few.stats["actions"]["min"]))[:2].any(), "not those of the whole dataset"
 
 
-def test_demos_per_task_and_scratch(data, tmp_path, capsys):
-    fine(data, tmp_path, "--init", "scratch", "--demos-per-task", "2", "--no-proprio")
-    assert ": 4 episodes, " in capsys.readouterr().out, "two tasks, two demonstrations each"
-    assert models.load_checkpoint(tmp_path / "last.pt")["config"]["proprio_dim"] is None
-
-
-def test_add_head_trains(data, pretrained, tmp_path):
-    fine(data, tmp_path, "--init", str(pretrained), "--head", "add")
-    assert models.load_checkpoint(tmp_path / "last.pt")["config"]["head"] == "add"
-
-
-def test_bad_input_is_one_line_and_writes_nothing(data, pretrained, tmp_path):
-    out = tmp_path / "out"
+def test_input_that_cannot_work_is_one_line_and_writes_nothing(data, pretrained, tmp_path):
+    out, start = tmp_path / "out", ["--init", str(pretrained)]
+    finetuned = tmp_path / "finetuned"
+    fine(data, finetuned, "--init", "scratch", "--steps", "1")
+    again = ["--init", str(finetuned / "last.pt")]
     for call, words in [
         (lambda: fine(data, out, "--init", str(tmp_path / "absent.pt")), "no checkpoint at"),
-        (lambda: fine(data, out, "--init", str(pretrained), "--policy", "baku"), "goes with --init scratch"),
+        (lambda: fine(data, out, *start, "--policy", "baku"), "goes with --init scratch"),
+        (lambda: fine(data, out, *start, "--text-encoder", "hash"), "goes with --init scratch"),
+        (lambda: fine(data, out, *again, "--head", "add"), "has none"),
+        (lambda: fine(data, out, *again, "--no-proprio"), "expects proprioception"),
+        (lambda: fine(data, out, *again, "--data", data.video), "video only"),
         (lambda: fine(data, out, "--init", "scratch", "--chunk", "50"), "chunk of 50"),
-        (lambda: fine(data, out, "--init", "scratch", "--head", "add"), "needs --init CHECKPOINT"),
-        (lambda: fine(data, out, "--init", "scratch", "--demos-per-task", "500"),
-         "500 demonstrations per task"),
-        (lambda: finetune.main(["--smoke", "--data", data.video, "--init", "scratch", "--out", str(out)]),
-         "video only"),
+        (lambda: fine(data, out, "--init", "scratch", "--head", "add"), "need --init CHECKPOINT"),
+        (lambda: fine(data, out, "--init", "scratch", "--freeze-steps", "1"), "need --init CHECKPOINT"),
+        (lambda: fine(data, out, "--init", "scratch", "--ema", "1"), "below 1"),
+        (lambda: fine(data, out, "--init", "scratch", "--demos-per-task", "99"), "99 demonstrations per"),
         (lambda: pre(data, out, "--chunk", "40"), "chunk of 40"),
         (lambda: pre(data, out, "--policy-size", "huge"), "tiny"),
+        (lambda: pre(data, out, "--policy", "diffusion", "--chunk", "10"), "multiples of 4"),
         (lambda: pre(data, out, "--batch-size", "1"), "--batch-size takes 2 or more"),
-        (lambda: pre(data, out, "--save-every", "0"), "--save-every takes 1 or more"),
+        (lambda: pre(data, out, "--every", "0"), "--every takes 1 or more"),
         (lambda: pre(data, out, "--device", "abacus"), "no device"),
-        (lambda: pre(data, out, "--probe-data", data.video), "must hold actions"),
-        (lambda: pretrain.main(["--smoke", "--data", str(tmp_path / "nothing"), "--out", str(out)]),
-         "nothing"),
-        (lambda: pretrain.main(["--smoke", "--data", data.video, "--probe-data", "x", "--out", str(out)]),
-         "--probe-data none"),
+        (lambda: pre(data, out, "--latents", "true"), "needs actions"),
+        (lambda: pre(data, out, "--latents", "zero", "--latent-source", "inverse"), "leave out"),
+        (lambda: pre(data, out, "--strides", "1", "2"), "2 numbers for 1 datasets"),
+        (lambda: pre(data, out, "--probe-data", data.video), "must have actions"),
+        (lambda: pre(data, out, "--probe-data", "x"), "--probe-data none"),
+        (lambda: pre(data, out, "--data", str(tmp_path / "nothing")), "nothing"),
     ]:
         with pytest.raises(InputError, match=words) as error:
             call()
-        assert "\n" not in str(error.value) and not out.exists(), (
-            "nothing is written before the input is known to be good")
-
-
-def test_data_of_another_text_encoder_is_refused_with_the_command_that_mends_it(data, pretrained, tmp_path,
-                                                                                monkeypatch):
-    monkeypatch.setitem(models.TextEncoder.DIM, "minilm", 512)
-    monkeypatch.setattr(models.TextEncoder, "__init__",
-                        lambda self, name: setattr(self, "name", "hash") or setattr(self, "dim", 512))
-    folder = write_dataset(tmp_path / "minilm", cameras=("front", "side"), text_encoder="minilm")
-    with pytest.raises(InputError, match="--text-encoder hash, .* was embedded with minilm: "
-                                         "python prepare_data.py embed"):
-        finetune.main(["--smoke", "--data", str(folder), "--init", str(pretrained),
-                       "--out", str(tmp_path / "out")])
+        assert "\n" not in str(error.value) and not out.exists(), words
