@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)     # results do not depend on the machine's cores, busy cores do not slow it down
 
 import prepare_data  # noqa: E402
+import robot  # noqa: E402
 
 
 def moving_square(seed, length=24, size=32):
@@ -46,7 +47,7 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
                  format_version=prepare_data.FORMAT_VERSION, alignment="pre", extra={}, proprio={"names": list("xy.....")} if actions else None,
                  action={"names": "x y . . . . side".split(), "units": "pixels / 100",
-                         "delta": prepare_data.CHANGES} if actions else None)
+                         "delta": robot.ACTION["delta"]} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
     shard = str(folder / "00000.h5")
