@@ -423,8 +423,7 @@ def probes(study):
     X, Y, episode, _ = representations(study, "chunk")
     if min(map(len, episode)) < 2:
         raise LeftOut("nearly all windows are padded: the episodes are shorter than a chunk")
-    moves = {name: d for d, name in enumerate(study.action["names"]) if name not in study.still}
-    Y, Y_test = (y[:, list(moves.values())] for y in Y)         # a chunk begins with the columns of a_t
+    Y, Y_test = (y[:, list(study.moves.values())] for y in Y)   # a chunk begins with the columns of a_t
     ids, rng, whole = np.unique(episode[0]), np.random.default_rng(study.args.seed), np.ones((1, len(Y_test)))
     budgets = {k: [rng.choice(ids, k, replace=False) for _ in range(DRAWS)] for k in BUDGETS if k < len(ids)}
     budgets[len(ids)] = [ids]
@@ -434,14 +433,14 @@ def probes(study):
         guess = ridge_probe(x, Y, x_test, episode[0])
         samples = bootstrap(r2, [guess, Y_test], episode[1], study.args.seed)
         row = {"latents": name, "mean": estimate(samples[:, np.isfinite(samples[0])].mean(1)),
-               **dict(zip(moves, map(estimate, samples.T)))}
+               **dict(zip(study.moves, map(estimate, samples.T)))}
         for k, draws in budgets.items():
             chosen = [np.isin(episode[0], draw) for draw in draws]
             scores = [float(np.nanmean(r2(whole, ridge_probe(x[i], Y[i], x_test, episode[0][i]), Y_test)))
                       for i in chosen]
             row[f"from {k}"] = [float(np.mean(scores)), min(scores), max(scores)]
         rows.append(row)
-    picture = draw_probes(rows, list(moves), list(budgets), len(Y) / len(ids))
+    picture = draw_probes(rows, list(study.moves), list(budgets), len(Y) / len(ids))
     return "Probes of the true actions", rows, picture
 
 
@@ -760,7 +759,9 @@ def main(argv=None):
         if train["latents"][name].std(0).max() < 1e-6:
             raise InputError(f"the latent actions of {name} are constant (collapsed): pretrain it again")
     action, instructions = data[0].attrs["action"], data[0].instructions
-    still = [n for n, std in zip(action["names"], train["actions"][:, 0].std(0)) if std < 1e-6]
+    labels = [n if action["names"].count(n) == 1 else f"{n}{d}" for d, n in enumerate(action["names"])]
+    moves = {n: d for d, n in enumerate(labels) if train["actions"][:, 0, d].std() > 1e-6}
+    still = [n for n in labels if n not in moves]
     for split in (train, held_out):
         split["group"] = np.array([group_of(instructions[i]) for i in split["instruction_id"]])
     groups = [g for g in (*GROUPS, "other") if g in train["group"]]
@@ -774,7 +775,7 @@ def main(argv=None):
         args=args, device=device, note=note, checkpoint=checkpoints[0],
         names=names,                                            # of the pretrained policies
         train=train, held_out=held_out, video=video,            # see collect(); video may be None
-        action=action, still=still,                             # the attribute; names of constant actions
+        action=action, moves=moves,                             # {name: dimension} of actions that vary
         instructions=instructions, groups=groups if len(groups) > 1 else [])
     facts = "\n".join([
         *(f"policy       {path}, step {c['step']:,}" for path, c in zip(args.checkpoint, checkpoints)),
@@ -787,7 +788,6 @@ def main(argv=None):
 
     # ---- analyses ----
     sections, result = [], {}
-    out.mkdir(parents=True, exist_ok=True)
     for analysis in ANALYSES:
         try:
             title, rows, picture = analysis(study)
@@ -798,6 +798,7 @@ def main(argv=None):
         sections.append((title, inspect.getdoc(analysis), rows, picture))
         result[analysis.__name__] = {"title": title, "rows": rows}
         if picture:
+            out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / f"{analysis.__name__}.png", picture)
 
     # ---- report ----

@@ -1,7 +1,7 @@
-"""Claims of cca.py: it finds what is in latent actions, nothing that is not, and what random weights get."""
+"""Claims of cca.py: it finds what is in latent actions, nothing that is not, and says how sure that is."""
 import json
 import re
-from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,238 +10,173 @@ import torch
 import cca
 import pretrain
 from conftest import write_dataset
-from models import BAKU, InputError, make_policy, save_checkpoint
+from models import InputError, load_policy, make_policy, save_checkpoint
 
 RNG = np.random.default_rng
 
 
-def split(X, Y):
-    half = len(X) // 2
-    return X[:half], Y[:half], X[half:], Y[half:]
+def measured(X, Y, X_test, Y_test, ridge=1e-3):
+    """Correlations of test rows along directions fitted on X, Y."""
+    return cca.correlation(np.ones((1, len(X_test))), *cca.cca_fit(X, Y, ridge)(X_test, Y_test))[0]
 
 
-# ---- the mathematics -------------------------------------------------------------------------------------
+# ---- statistics ------------------------------------------------------------------------------------------
 
 
-def test_a_linear_image_of_the_latents_correlates_perfectly_on_held_out_rows():
-    X = RNG(0).normal(size=(400, 5))
-    Y = X @ RNG(1).normal(size=(5, 5)) * [1e-3, 1, 1, 1, 1e3] + 7           # units and offsets do not matter
-    X, Y, held_out_X, held_out_Y = split(X, Y)
-    assert np.allclose(cca.cca_correlations(held_out_X, held_out_Y, *cca.cca_fit(X, Y, ridge=0)), 1,
-                       atol=1e-6)
-    assert (cca.cca_correlations(held_out_X, held_out_Y, *cca.cca_fit(X, Y)) > 0.95).all()
-
-
-def test_independent_columns_look_correlated_in_sample_and_are_not_on_held_out_rows():
-    X, Y, held_out_X, held_out_Y = split(RNG(0).normal(size=(600, 70)), RNG(1).normal(size=(600, 70)))
-    fit = cca.cca_fit(X, Y)
-    assert cca.cca_correlations(X, Y, *fit)[:10].min() > 0.6                # warning 1 of the docstring
-    held_out = cca.cca_correlations(held_out_X, held_out_Y, *fit)
-    assert abs(held_out.mean()) < 0.03 and np.abs(held_out).max() < 0.25
-
-
-def test_known_correlations_are_recovered():
+def test_known_correlations_are_recovered_on_held_out_rows_whatever_the_units():
     rho, n = np.array([0.9, 0.6, 0.3, 0.0]), 40_000
     hidden = RNG(0).normal(size=(n, 4))
     partner = rho * hidden + np.sqrt(1 - rho ** 2) * RNG(1).normal(size=(n, 4))
-    X, Y = (hidden @ RNG(2).normal(size=(4, 4)),
-            np.c_[partner, RNG(3).normal(size=(n, 2))] @ RNG(4).normal(size=(6, 6)))
-    X, Y, held_out_X, held_out_Y = split(X, Y)
-    A, B, means = cca.cca_fit(X, Y)
-    assert A.shape == (4, 4) and B.shape == (6, 4)
-    assert np.allclose(cca.cca_correlations(held_out_X, held_out_Y, A, B, means), rho, atol=0.02)
-    projections = (X - means[0]) @ A
-    assert np.allclose(np.corrcoef(projections.T), np.eye(4), atol=0.02)    # later pairs are new directions
+    X = hidden @ RNG(2).normal(size=(4, 4)) * [1e-3, 1, 1, 1e3] + 7
+    Y = np.c_[partner, RNG(3).normal(size=(n, 2))] @ RNG(4).normal(size=(6, 6))
+    half = n // 2
+    assert np.allclose(measured(X[:half], Y[:half], X[half:], Y[half:]), rho, atol=0.02)
+    u, _ = cca.cca_fit(X[:half], Y[:half])(X[half:], Y[half:])
+    assert u.shape == (half, 4) and np.allclose(np.corrcoef(u.T), np.eye(4), atol=0.03)     # new directions
 
 
-def test_the_unit_of_a_column_does_not_matter_even_with_a_ridge():
-    X, noise = RNG(0).normal(size=(200, 3)), RNG(1).normal(size=(200, 3))
-    Y = X + noise
-    plain = cca.cca_correlations(X, Y, *cca.cca_fit(X, Y, 0.1))
-    assert np.allclose(plain, cca.cca_correlations(X * 1e4, Y * 1e-5, *cca.cca_fit(X * 1e4, Y * 1e-5, 0.1)))
-
-
-def test_the_interval_resamples_whole_episodes():
-    """Rows repeated inside their episode are no new evidence: the interval stays as wide as without."""
-    X = RNG(0).normal(size=(60, 2))
-    Y = X + RNG(1).normal(size=(60, 2))
-    weights = RNG(2).multinomial(20, np.full(20, 1 / 20), 400)
-    fit, episode = cca.cca_fit(X, Y), np.repeat(np.arange(20), 3)
-    once = cca.interval(cca.resampled_correlations(X, Y, *fit, episode, weights))
-    many = (X.repeat(50, 0), Y.repeat(50, 0), *fit, episode.repeat(50))
-    many = cca.interval(cca.resampled_correlations(*many, weights))
-    assert np.allclose(once, many) and np.diff(once)[0] > 0.05
-    drawn = np.repeat(np.arange(60), weights[0].repeat(3))                  # the first resample, row by row
-    assert np.allclose(cca.resampled_correlations(X, Y, *fit, episode, weights)[0],
-                       cca.cca_correlations(X[drawn], Y[drawn], *fit))
+def test_independent_columns_look_correlated_in_sample_and_not_on_held_out_rows():
+    X, Y = RNG(0).normal(size=(600, 70)), RNG(1).normal(size=(600, 70))
+    assert measured(X[:300], Y[:300], X[:300], Y[:300])[:10].min() > 0.6    # warning 1 of the docstring
+    held_out = measured(X[:300], Y[:300], X[300:], Y[300:])
+    assert abs(held_out.mean()) < 0.03 and np.abs(held_out).max() < 0.25
 
 
 def test_without_a_ridge_scikit_learn_finds_the_same_correlations():
     CCA = pytest.importorskip("sklearn.cross_decomposition", reason="scikit-learn is a test-only package").CCA
     X = RNG(0).normal(size=(300, 5))
     Y = X[:, :3] @ RNG(1).normal(size=(3, 4)) + RNG(2).normal(size=(300, 4))
-    theirs = CCA(4, max_iter=100_000, tol=1e-14).fit(X, Y).transform(X, Y)
-    theirs = [np.corrcoef(a, b)[0, 1] for a, b in zip(theirs[0].T, theirs[1].T)]
-    assert np.allclose(cca.cca_correlations(X, Y, *cca.cca_fit(X, Y, 0)), theirs, atol=1e-6)
+    u, v = CCA(4, max_iter=100_000, tol=1e-14).fit(X, Y).transform(X, Y)
+    theirs = [np.corrcoef(a, b)[0, 1] for a, b in zip(u.T, v.T)]
+    assert np.allclose(measured(X, Y, X, Y, ridge=0), theirs, atol=1e-6)
 
 
-def test_the_ridge_is_strong_where_columns_are_noise_and_weak_where_directions_are_exact():
-    episode = np.repeat(np.arange(20), 10)
-    X = RNG(0).normal(size=(200, 60))
-    noisy = X[:, :1] + RNG(1).normal(size=(200, 1)) * 2
-    assert cca.choose_ridge(X, noisy, episode, 5) == max(cca.RIDGES)
-    thin = X[:, :3] @ np.diag([1, 1, 1e-2]) @ np.linalg.qr(RNG(2).normal(size=(3, 3)))[0]
-    assert cca.choose_ridge(thin, X[:, 2:3], episode, 5) == min(cca.RIDGES)
+def test_the_ridge_is_chosen_on_whole_episodes():
+    """Each episode repeats its own numbers in X and Y. Folds that split episodes would reward learning them by
+    heart, that is a weak ridge; only folds of whole episodes see that most of it does not carry over."""
+    episode = np.repeat(np.arange(60), 10)
+    X, Y = RNG(0).normal(size=(60, 40))[episode], RNG(1).normal(size=(60, 3))[episode]
+    Y[:, 0] += X[:, 0]
+    X = X + 0.05 * RNG(2).normal(size=X.shape)
+    assert cca.choose_ridge(X, Y, episode) == max(cca.RIDGES)
+    assert cca.choose_ridge(X, Y, np.arange(600)) < max(cca.RIDGES), "what folds by row would choose"
+    thin = RNG(3).normal(size=(600, 3)) * [1, 1, 1e-2]                      # only a weak ridge finds the third
+    assert cca.choose_ridge(thin @ np.linalg.qr(RNG(4).normal(size=(3, 3)))[0], thin[:, 2:], episode) == min(
+        cca.RIDGES)
 
 
-def test_a_column_that_varies_in_one_fold_alone_does_not_spoil_the_choice():
-    X, episode = RNG(0).normal(size=(200, 3)), np.repeat(np.arange(20), 10)
-    Y = np.c_[X[:, 0], np.where(episode == 5, X[:, 1], 0.0)]
-    with np.errstate(all="raise"):
-        assert cca.choose_ridge(X, Y, episode, 5) in cca.RIDGES
-        assert np.isfinite(cca.analyse(X, Y, episode, X, Y, episode, 5, ones(20))["resampled"]).all()
+def test_bootstrap_resamples_whole_episodes():
+    u = RNG(0).normal(size=(60, 2))
+    v, episode = u + RNG(1).normal(size=(60, 2)), np.repeat(np.arange(20), 3)
+    drawn = RNG(5).multinomial(20, np.full(20, 1 / 20), cca.RESAMPLES)[7]
+    rows = np.arange(60).repeat(drawn.repeat(3))                            # the eighth sample, row by row
+    for statistic, by_hand in ((cca.correlation, [np.corrcoef(u[rows, d], v[rows, d])[0, 1] for d in (0, 1)]),
+                               (cca.r2, 1 - ((u - v)[rows] ** 2).sum(0)
+                                / ((v[rows] - v[rows].mean(0)) ** 2).sum(0))):
+        samples = cca.bootstrap(statistic, [u, v], episode, 5)
+        assert np.allclose(samples[8], by_hand) and samples.shape == (1 + cca.RESAMPLES, 2)
+        # Rows repeated inside their episode are no new evidence: the interval stays as wide.
+        many = cca.bootstrap(statistic, [u.repeat(50, 0), v.repeat(50, 0)], episode.repeat(50), 5)
+        assert np.allclose(samples, many) and np.ptp(cca.estimate(samples[:, 0])[1:]) > 0.05
 
 
-def ones(episodes):
-    return np.ones((1, episodes))
+def test_rows_of_two_episodes_vary_with_both_and_few_episodes_have_no_interval():
+    first, second = np.divmod(np.arange(400), 20)                           # 20 x 20 pairs of episodes
+    value = RNG(0).normal(size=20)[first][:, None]                          # the first episode decides it all
+
+    def width(episode):
+        return np.ptp(cca.estimate(cca.bootstrap(cca.mean, [value], episode, 0)[:, 0])[1:])
+
+    assert width(np.stack([first, second + 20], 1)) > 3 * width(second)
+    few = cca.estimate(cca.bootstrap(cca.mean, [value], np.arange(400) % 4, 0)[:, 0])
+    assert few == [pytest.approx(value.mean()), None, None]
+    assert cca.text_rows([{"mean": few, "n": 4}])[1] == (f"{few[0]:.2f} [n < 5]", "4")
 
 
-def test_constant_latents_are_dropped_and_a_collapsed_policy_is_an_error():
+def test_constant_columns_have_no_correlation_and_a_constant_baseline_is_no_error():
     X, episode = RNG(0).normal(size=(300, 3)), np.arange(300) // 30
-    Y = X @ RNG(1).normal(size=(3, 3))
-    dead = X.copy()
-    dead[:, 1] = 0.4
-    result = cca.analyse(dead, Y, episode, dead, Y, episode, 5, ones(10))
-    assert result["constant"] == [1] and result["held_out"].shape == (3,)
-    assert result["held_out"][1] > 0.9 and result["held_out"][2] == 0       # two columns have two components
-    with pytest.raises(InputError, match="collapsed"):
-        cca.analyse(dead[:, 1:2], Y, episode, dead[:, 1:2], Y, episode, 5, ones(10))
-    with pytest.raises(InputError, match="too few"):
-        cca.analyse(X[:6], Y[:6], np.arange(6), X, Y, episode, 5, ones(10))
-    with pytest.raises(InputError, match="10 training episodes are fewer than the 11 folds"):
-        cca.analyse(X, Y, episode, X, Y, episode, 11, ones(10))
+    Y = np.c_[X @ RNG(1).normal(size=(3, 3)), np.full(300, 4.0)]            # one action never varies
+    dead = X * [1, 0, 1]
+    samples, in_sample, _ = cca.analyse(dead, dead, Y, Y, episode, episode, 0)
+    assert samples.shape[1] == 3 and samples[0, 1] > 0.9 and samples[0, 2] == 0       # two columns are left
+    samples, _, _ = cca.analyse(0 * X, 0 * X, Y, Y, episode, episode, 0)    # the time, if every t is 0
+    assert not samples.any()
+    for rows, message in ((slice(6), "too few for 3 . 3"), (slice(30), "fewer than 2")):
+        with pytest.raises(cca.LeftOut, match=message):
+            cca.analyse(X[rows], X, Y[rows], Y, np.arange(300)[rows] // (1 if rows.stop == 6 else 30), episode, 0)
 
 
-def test_what_is_reported_comes_from_the_held_out_rows():
-    X, Y, held_out_X, held_out_Y = split(RNG(0).normal(size=(600, 40)), RNG(1).normal(size=(600, 40)))
-    episode = np.repeat(np.arange(10), 30)
-    result = cca.analyse(X, Y, episode, held_out_X, held_out_Y, episode, 5, ones(10))
-    assert result["in_sample"].mean() > 0.3
-    assert abs(result["held_out"].mean()) < 0.1 and np.allclose(result["resampled"][0], result["held_out"])
+# ---- analyses, on made-up latents ------------------------------------------------------------------------
 
 
-def test_luck_of_single_random_policies_is_inside_the_interval():
-    def result(rho):
-        return {"held_out": np.array([rho]), "in_sample": np.array([rho]), "ridge": 0.1,
-                "resampled": np.full((500, 1), rho)}
-
-    row = cca.plain(cca.pooled([result(0.2), result(0.6)]))
-    assert row["held_out"] == [pytest.approx(0.4)] and np.allclose(row["held_out_interval"], [[0.2, 0.6]])
-
-
-# ---- probes ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("probe", [cca.linear_probe, cca.mlp_probe])
-def test_a_probe_finds_what_is_there_and_claims_nothing_that_is_not(probe):
-    X, episode = RNG(0).normal(size=(1200, 8)), np.repeat(np.arange(12), 50)
-    Y = np.c_[X[:, :2] @ [1.0, -2.0], 1e3 * RNG(1).normal(size=1200)]       # units do not matter
-    r2 = cca.r_squared(probe(X[:600], Y[:600], X[600:]), Y[600:], episode, ones(12))[0]
-    assert r2[0] > 0.95 and -0.1 < r2[1] < 0.05
-    few = probe(X[:12], Y[:12], X[600:])                                    # from hardly any labels
-    assert cca.r_squared(few, Y[600:], episode, ones(12))[0, 1] > -1.5
+def windows(episodes, first, seed):
+    """Latents `good` hold the actions and noise, `blind` are noise; 40 windows of 3 steps per episode."""
+    N, rng = 40 * episodes, RNG(seed)
+    actions = rng.normal(size=(N, 3, 2)).astype(np.float32) * 0.01
+    noise = {name: rng.normal(size=(N, 3, 2)) for name in ("blind", "random 1", "random 2")}
+    return {"latents": {"good": 100 * actions + 0.3 * rng.normal(size=actions.shape), **noise},
+            "actions": actions, "is_pad": np.arange(3) >= 40 - np.arange(N)[:, None] % 40,
+            "episode": first + np.arange(N) // 40, "t": np.arange(N) % 40,
+            "instruction_id": np.arange(N) // 40 % 2, "frame": rng.uniform(size=(N, 8)),
+            "group": np.where(np.arange(N) // 40 % 2, "Put", "Take")}
 
 
-def test_only_the_mlp_sees_what_is_not_linear():
-    X = RNG(0).normal(size=(2000, 2))
-    Y, episode = (X[:, :1] * X[:, 1:] > 0).astype(float), np.zeros(1000, int)
-    linear, mlp = (cca.r_squared(probe(X[:1000], Y[:1000], X[1000:]), Y[1000:], episode, ones(1))[0, 0]
-                   for probe in (cca.linear_probe, cca.mlp_probe))
-    assert linear < 0.05 and mlp > 0.5
+@pytest.fixture
+def study():
+    return SimpleNamespace(
+        args=SimpleNamespace(seed=0, data="made up"), names=["good", "blind"], notes=[], note=lambda text: None,
+        train=windows(20, 0, 0), held_out=windows(8, 100, 1), groups=["Put", "Take"], moves={"x": 0, "y": 1},
+        instructions=["put it", "take it"], device="cpu", video=None, action={"units": "m m m".split(),
+                                                                              "delta": [True] * 3})
 
 
-def test_r2_is_that_of_the_resampled_episodes():
-    true = RNG(0).normal(size=(60, 2))
-    guess, episode = true + RNG(1).normal(size=(60, 2)), np.repeat(np.arange(20), 3)
-    weights = RNG(2).multinomial(20, np.full(20, 1 / 20), 3)
-    drawn = np.arange(60).repeat(weights[1].repeat(3))
-    by_hand = 1 - ((true - guess)[drawn] ** 2).sum(0) / ((true[drawn] - true[drawn].mean(0)) ** 2).sum(0)
-    assert np.allclose(cca.r_squared(guess, true, episode, weights)[1], by_hand)
+def test_latents_that_hold_the_actions_gain_over_random_weights_and_noise_does_not(study):
+    _, rows, picture = cca.correlations(study)
+    assert picture.startswith(b"\x89PNG")
+    row = {(r["tasks"], r["steps"], r["latents"]): r for r in rows}
+    for steps in ("single", "chunk"):
+        good, blind = (row["all", steps, f"{name} minus random weights"]["mean"] for name in ("good", "blind"))
+        assert good[1] > 0.7 and blind[1] < 0 < blind[2]
+        assert row["all", steps, "true actions"]["mean"][0] > 0.999
+        assert abs(row["all", steps, "shuffled"]["mean"][0]) < 0.1
+        assert row["Put", steps, "good"]["n"] == 4 and row["Put", steps, "good"]["mean"][1] is None
+    assert row["all", "chunk", "good"]["detail"]["windows"] == [20 * 38, 8 * 38], "padded windows are left out"
+    assert len(row["all", "chunk", "good"]["detail"]["components"]) == 6
+    X, *_ = cca.representations(study, "chunk")
+    assert {x.shape[1] for x, _ in X.values()} == {6}, "no baseline wins or loses by its number of columns"
+    mixed = cca.pooled([(np.full((501, 1), rho), np.array([rho]), 0.1) for rho in (0.2, 0.6)])[0][:, 0]
+    assert cca.estimate(mixed) == [pytest.approx(x) for x in (0.4, 0.2, 0.6)]
+
+
+def test_probes_learn_from_the_episodes_of_their_budget_alone(study, monkeypatch):
+    seen, probe = [], cca.ridge_probe
+    monkeypatch.setattr(cca, "ridge_probe", lambda X, Y, X_test, e: seen.append(e) or probe(X, Y, X_test, e))
+    _, rows, picture = cca.probes(study)
+    good, blind = rows[:2]
+    assert good["mean"][1] > 0.8 and good["from 5"][0] > 0.7 and blind["mean"][0] < 0.1 and picture
+    assert {len(np.unique(e)) for e in seen} == {1, 5, 10, 20}
+    assert all(len(e) == 38 * len(np.unique(e)) for e in seen)
 
 
 def test_collapse_tells_constant_one_directional_and_task_naming_latents_from_good_ones():
     task, free = np.arange(400) % 2, RNG(0).uniform(-0.9, 0.9, (400, 4, 3))
-    good = cca.collapse(free, task)
-    assert good["rank"] > 2.8 and good["rank_chunk"] > 11 and good["instruction"] < 0.02
-    assert good["saturated"] == 0 and np.allclose(good["std"], 0.52, atol=0.03)
-    named = cca.collapse(np.where(task[:, None, None], 0.99, -0.99) * np.ones((400, 4, 3)), task)
+    latents = {"good": free, "named": np.where(task, 0.99, -0.99)[:, None, None] * np.ones((400, 4, 3)),
+               "dead": 0 * free}
+    good, named, dead = cca.collapse(SimpleNamespace(held_out={"latents": latents, "instruction_id": task}))[1]
+    assert good["rank of z_t"] > 2.8 and good["rank of chunks"] > 11 and good["instruction"] < 0.02
+    assert good["saturated"] == 0 and good["std"] == pytest.approx(0.52, abs=0.03) and dead["std"] == 0
     assert named["instruction"] == pytest.approx(1) and named["saturated"] == 1
-    assert named["rank"] == pytest.approx(1) and max(cca.collapse(0 * free, task)["std"]) == 0
+    assert named["rank of z_t"] == pytest.approx(1)
 
 
-class Looks(torch.nn.Module):
-    """A policy whose latents are a function of the picture."""
-    cameras = ["front"]
+class Painter(torch.nn.Module):
+    """Stands in for the world model: it draws the square of o_t, moved as the latents say, or not at all."""
 
-    def __init__(self, function):
+    def __init__(self, config):
         super().__init__()
-        self.function = function
+        self.obeys = config["obeys"]
 
-    def latent_actions(self, obs):
-        return self.function(obs["images"]["front"].float() / 255)[:, None]           # (B, 1, Z)
-
-
-def clips(count=80, steps=4, size=32, seed=0):
-    """A batch of clips: a bright square goes right (x, y) by a constant motion, 4 clips per episode."""
-    rng = RNG(seed)
-    frames, motion = torch.full((count, steps + 1, 3, size, size), 60, dtype=torch.uint8), []
-    for b in range(count):
-        where, step = rng.uniform(10, size - 10, 2), rng.choice([-1.0, 1.0], 2) * [1.5, 0]
-        motion.append(step * steps)
-        for k in range(steps + 1):
-            x, y = (where + k * step).round().astype(int)
-            frames[b, k, :, max(y - 3, 0):y + 3, max(x - 3, 0):x + 3] = 220
-    obs = {"images": {"front": frames[:, 0]}, "instruction": torch.zeros(count, 1)}
-    return {"frames": frames, "obs": obs,
-            "is_pad": torch.zeros(count, steps, dtype=torch.bool), "episode": torch.arange(count) // 4,
-            "instruction_id": torch.zeros(count, dtype=torch.long)}, np.array(motion)
-
-
-def test_latents_that_tell_light_or_camera_are_found_out_and_blind_ones_are_not():
-    batch, _ = clips(160)
-    policies = {"light": Looks(lambda x: x.mean((1, 2, 3))[:, None]),
-                "camera": Looks(lambda x: x.mean(1)[:, 10:22, :].mean(1)),
-                "blind": Looks(lambda x: torch.linspace(-1, 1, len(x))[:, None])}
-    rows = cca.nuisances(policies, batch, 0)
-    assert rows["light"]["light"] > 0.8 and rows["light"]["moved"] > 1
-    assert rows["light"]["camera_x"] < 0.2
-    assert rows["blind"]["moved"] == 0 and max(rows["blind"][k] for k in ("camera_x", "light")) < 0.1
-    batch["episode"][:] = 7                                                 # a single held-out episode
-    assert cca.nuisances(policies, batch, 0)["light"]["light"] > 0.8
-
-
-# ---- the world model and pairs -----------------------------------------------------------------------------
-
-
-def test_motion_in_the_picture_is_found_where_it_is_and_whither_it_goes():
-    batch, motion = clips(12)
-    frames = batch["frames"].float() / 255
-    measured, where = cca.image_motion(frames)
-    assert (np.sign(measured[:, 0]) == np.sign(motion[:, 0])).all(), "x to the right, as in the picture"
-    assert np.abs(measured[:, 0]).mean() > 3 and np.abs(measured[:, 1]).mean() < 1
-    square = (frames[:, 2].mean(1) > 0.5).nonzero().double()                          # (clip, y, x)
-    middle = np.array([square[square[:, 0] == b, 1:].mean(0).flip(0).numpy() for b in range(12)])
-    assert np.abs(where - middle).max() < 6
-
-
-class Painter:
-    """A world model that is not one: it draws the square of o_t, moved as the latents say, or not at all."""
-    config = {"target": "pixels"}
-
-    def __init__(self, obeys=True):
-        self.obeys = obeys
-
-    def embed(self, frames, proprio=None):
+    def embed(self, frames):
         return frames
 
     def context(self, first):
@@ -258,260 +193,168 @@ class Painter:
     def picture(self, frames, first):
         return frames
 
-    def losses(self, frames, z, proprio, predict, decode_steps):
-        error = self.imagine(frames[:, 0], z) - frames[:, 1:].float() / 255
-        return {"open_loop": (error ** 2).sum((2, 3, 4)) + 1}
+
+def clips(count=80, steps=4, size=32):
+    """A bright square goes left or right, 8 clips per episode; the latents hold its motion in units of 12."""
+    rng, motion = RNG(0), []
+    frames = torch.full((count, steps + 1, 3, size, size), 60, dtype=torch.uint8)
+    for b in range(count):
+        where, step = rng.uniform(10, size - 10, 2), rng.choice([-1.5, 1.5])
+        motion.append(step)
+        for k in range(steps + 1):
+            x, y = round(where[0] + k * step), round(where[1])
+            frames[b, k, :, y - 3:y + 3, max(x - 3, 0):x + 3] = 220
+    measured, where = (x.numpy() for x in cca.image_motion(frames.float() / 255))
+    z = np.zeros((count, steps, 2))
+    z[..., 0] = np.array(motion)[:, None] / 12
+    return {"frames": frames.numpy(), "picture": frames[:, 0].numpy(), "motion": measured, "where": where,
+            "latents": {"good": z}, "is_pad": np.zeros((count, steps), bool),
+            "episode": np.arange(count) // 8}, np.array(motion)
 
 
-ARGS = Namespace(seed=0, bootstrap=100)
+def test_motion_in_the_picture_is_found_where_it_is_and_whither_it_goes():
+    video, motion = clips()
+    assert (np.sign(video["motion"][:, 0]) == np.sign(motion)).all(), "x grows to the right"
+    assert np.abs(video["motion"][:, 0]).mean() > 3 and np.abs(video["motion"][:, 1]).mean() < 1
+    square = video["frames"][:, 2].mean(1) > 128                                      # (B, H, W)
+    middle = np.array([np.argwhere(x).mean(0)[::-1] for x in square])
+    assert np.abs(video["where"] - middle).max() < 6
 
 
-def right_latents(batch, motion):
-    z = torch.zeros(len(motion), 4, 2)
-    z[..., 0] = torch.from_numpy(motion[:, 0] / 4 / 12).float()[:, None]
-    return z
+def test_swap_tells_a_world_model_that_obeys_latents_from_one_that_does_not(study, monkeypatch):
+    monkeypatch.setattr(cca, "WorldModel", Painter)
+    monkeypatch.setattr(Painter, "load_state_dict", lambda self, state: None)
+    study.video, _ = clips()
+    world = {"target": "pixels", "context_frame": True, "obeys": True}
+    study.checkpoint = {"args": {"latents": "learned"}, "world_config": world, "world_model": {}}
+    _, (own, of_a, of_b), picture = cca.swap(study)
+    assert own["pairs"] > 10 and own["n"] == 10 and picture.startswith(b"\x89PNG")
+    assert own["mean cosine"][0] > 0.8 and of_a["mean cosine"][1] > 0.8 > -0.5 > of_b["mean cosine"][2]
+    world["obeys"] = False
+    assert abs(cca.swap(study)[1][1]["mean cosine"][0]) < 0.2
+    # Half of the clips A lead the wrong way, by their episode: an interval over B's episodes would not show it.
+    world["obeys"] = True
+    study.video["latents"]["good"] *= np.where(study.video["episode"] % 2, 1, -1)[:, None, None]
+    assert np.ptp(cca.swap(study)[1][1]["mean cosine"][1:]) > 0.9
+    for change, message in (({"target": "flow"}, "predicts flow"), ({"context_frame": False}, "first frame")):
+        study.checkpoint["world_config"] = world | change
+        with pytest.raises(cca.LeftOut, match=message):
+            cca.swap(study)
+    study.checkpoint["args"]["latents"] = "true"
+    with pytest.raises(cca.LeftOut, match="true actions"):
+        cca.swap(study)
 
 
-def test_a_world_model_that_obeys_latents_is_told_from_one_that_does_not():
-    batch, motion = clips()
-    z = right_latents(batch, motion)
-    obeys, ignores = (cca.Imagination(Painter(o), batch, 0) for o in (True, False))
-    ratio = cca.use_per_step(z, obeys, ARGS)
-    assert set(ratio) == {"instruction", "episode"}
-    assert all(min(r["ratio"]) > 2 and np.min(r["interval"]) > 1 for r in ratio.values())
-    assert np.allclose(cca.use_per_step(z, ignores, ARGS)["episode"]["ratio"], 1)
+def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
+    way, n = RNG(0).normal(size=(200, 3)), 200
+    study.held_out = study.video = {
+        "actions": way[:, None] * 0.05, "motion": 10 * way[:, :2], "where": np.full((n, 2), 16.0),
+        "picture": np.zeros((n, 3, 32, 32), np.uint8), "small picture": way, "t": np.arange(n),
+        "episode": np.arange(n) // 10, "instruction_id": np.arange(n) % 2,
+        "latents": {"good": way + 0.05 * RNG(1).normal(size=(n, 3)),
+                    "random 1": 10.0 * (np.arange(n) // 10)[:, None] + RNG(2).normal(size=(n, 3))}}
+    _, rows, picture = cca.pairs(study)
+    assert len(rows) == 9 and picture.startswith(b"\x89PNG")
+    for row in rows:
+        if row["by"] == "good":
+            assert row["motions agree"][1] > row["any such pair"][0] + 0.3, row
+    blind = rows[1]                                     # its nearest clip is of its own episode, if that counted
+    assert blind["motions agree"][1] < blind["any such pair"][0] + 0.05 and blind["any such pair"][0] < 0.4
+    for action, metres in ((("m m m", [True] * 3), 1), (("0.05m 0.05m 0.05m", [True] * 3), 0.05)):
+        assert (cca.metres_per_unit({"units": action[0].split(), "delta": action[1]}) == metres).all()
+    for units, delta in (("m m m", [False] * 3), ("rad rad rad", [True] * 3), ("rad", [True])):
+        study.action = {"units": units.split(), "delta": delta}
+        with pytest.raises(cca.LeftOut, match="not changes of a position"):
+            cca.pairs(study)
 
-    swapped, picture = cca.swap(z, obeys, ARGS)
-    assert swapped["pairs"] > 10 and picture.startswith(b"\x89PNG")
-    assert swapped["own"]["cosine"] > 0.8
-    assert swapped["follows_latents"]["cosine"] > 0.8 > -0.5 > swapped["follows_scene"]["cosine"]
-    assert abs(cca.swap(z, ignores, ARGS)[0]["follows_latents"]["cosine"]) < 0.2
 
-    effect, _ = cca.sweep(z, obeys)
-    assert effect[0] > 1 and effect[1] == 0, "the second dimension does nothing"
+# ---- the script ------------------------------------------------------------------------------------------
 
 
-def test_nearest_pairs_are_of_other_episodes_and_agree_only_if_the_latents_know_the_motion():
-    rng, n = RNG(0), 200
-    direction = rng.normal(size=(n, 3))
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Pretrained checkpoints: of two cameras, and with an inverse-dynamics model that sees the future."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, flags in (("plain", ["--views", "all"]), ("inverse", ["--latent-source", "inverse"])):
+        pretrain.main(["--smoke", "--steps", "2", "--data", data.robot, "--probe-data", "none", "--out",
+                       str(root / name), "--device", "cpu", "--chunk", "4", *flags])
+    return root
 
-    def sample(episodes):
-        return {"displacement": 0.05 * direction, "motion": 10 * direction[:, :2],
-                "where": np.full((n, 2), 16), "picture": torch.zeros(n, 3, 32, 32),
-                "episode": np.arange(n) // 10 % episodes,
-                "instruction_id": np.arange(n) % 2,
-                "latents": {"knows": direction + 0.05 * rng.normal(size=(n, 3)),
-                            "episode only": 10.0 * (np.arange(n) // 10)[:, None] + rng.normal(size=(n, 3))}}
 
-    table, pictures = cca.pairs(sample(20), sample(20), ["knows", "episode only"], ARGS)
-    assert set(table) == {"same task, other episode", "other task", "robot and video"}
-    for kind, rows in table.items():
-        assert rows["knows"]["interval"][0] > rows["knows"]["chance"] + 0.3, kind
-    blind = table["same task, other episode"]["episode only"]
-    assert blind["interval"][0] < blind["chance"] + 0.05 and 0.15 < blind["chance"] < 0.4
-    assert len(pictures) == 18 and pictures[0][1].shape == (96, 96, 3)
-    robot = sample(20)
-    allowed = robot["episode"][:, None] != robot["episode"]
-    index, usable = cca.nearest_pairs(robot["latents"]["episode only"], robot["latents"]["episode only"],
-                                      allowed)
-    assert usable.all() and (robot["episode"][index] != robot["episode"]).all()
+def analysis(out, *flags):
+    cca.main(["--smoke", "--out", str(out), "--device", "cpu", "--random-policies", "2", *map(str, flags)])
+    return json.loads((out / "cca.json").read_text())
+
+
+def test_the_report_shows_everything_in_one_file(data, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(cca, "metres_per_unit", lambda action: np.ones(3))
+    flags = ["--checkpoint", runs / "plain" / "last.pt", runs / "inverse" / "last.pt", "--data", data.robot]
+    result = analysis(tmp_path, *flags)
+    plain, inverse = map(str, flags[1:3])
+    assert [r["latents"] for r in result["correlations"]["rows"][:8]] == [
+        plain, inverse, f"{inverse}, inverse dynamics (sees the future)", "frame", "time", "shuffled",
+        "true actions", "random weights"]
+    assert {r["by"] for r in result["pairs"]["rows"]} == {plain, "random 1", "frame"}, "two cameras, too"
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 4 and not re.search('src="(?!data:)|href=', report)
+    for picture in "correlations probes swap pairs".split():
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+    again = analysis(tmp_path, *flags, "--overwrite")
+    assert all(again[name] == result[name] for name in (a.__name__ for a in cca.ANALYSES)), "the same seed"
+    monkeypatch.undo()
+    result = analysis(tmp_path, *flags, "--overwrite", "--video", "none")
+    assert "swap" not in result and "pairs" not in result, "no video, and actions in pixels"
+    assert any("not changes of a position" in note for note in result["notes"])
+
+
+def test_every_dataset_is_read_at_the_stride_that_spans_the_time_of_pretraining(data, runs):
+    _, checkpoint = load_policy(runs / "plain" / "last.pt")
+    checkpoint["data"]["mixture"][0] |= {"fps": 10, "stride": 1}
+    assert cca.open_windows(data.robot, "val", checkpoint, 2, 1).stride == 2          # it has 20 frames per second
+    args = SimpleNamespace(data=data.robot, video=data.video, clips=4)
+    checkpoint["world_config"]["views"] = 1
+    *labelled, video = cca.open_data(args, {"p": SimpleNamespace(cameras=["a"])}, {}, checkpoint)
+    assert [d.stride for d in (*labelled, video)] == [2, 2, 2]
+
+
+def test_statistics_of_random_policies_are_measured_before_they_are_compared(data, runs):
+    config = load_policy(runs / "inverse" / "last.pt")[1]["config"]
+    policy, checkpoint = make_policy(config).eval(), load_policy(runs / "inverse" / "last.pt")[1]
+    windows = cca.open_windows(data.robot, "train", checkpoint, 1, 0)
+
+    def spread():
+        return cca.collect({"random": policy}, {}, windows, 200, "cpu", "")["latents"]["random"].std(0).mean()
+
+    assert spread() < 0.2                                 # as initialised, all latents are nearly the same
+    cca.estimate_latent_statistics([policy], windows, 200, "cpu")
+    assert spread() > 0.4 and not any(m.training for m in policy.modules())
+
+
+def test_what_cannot_be_analysed_is_refused_with_a_way_out(data, runs, tmp_path):
+    good = torch.load(runs / "inverse" / "last.pt", weights_only=True)
+
+    def refused(message, path=runs / "inverse" / "last.pt", data_path=data.robot, **changes):
+        if changes:
+            path = tmp_path / "changed.pt"
+            save_checkpoint(path, good | changes)
+        with pytest.raises(InputError, match=message):
+            analysis(tmp_path / "out", "--checkpoint", path, "--data", data_path)
+
+    for part in ("policy", "world_model", "inverse"):
+        name = next(k for k, v in good[part].items() if v.is_floating_point())
+        refused("NaN or infinity", **{part: good[part] | {name: good[part][name] * torch.nan}})
+    refused("finetuned on actions", stage="finetune")
+    refused("no actions to compare with", data_path=data.video)
+    refused("1 held-out", data_path=write_dataset(tmp_path / "few", episodes=10))
+    refused("are constant", policy={k: v * 0 if k.startswith("latent_out") else v
+                                    for k, v in good["policy"].items()})
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cca.json").write_text("{}")
+    refused("--overwrite")
 
 
 def test_task_groups_go_by_the_first_known_verb():
     names = {"Put the pot on the stove": "Put", "please pick up the cup and place it": "Take",
              "push the drawer": "Move", "remove the lid": "Remove", "look around": "other"}
     assert {text: cca.group_of(text) for text in names} == names
-
-
-# ---- the script ------------------------------------------------------------------------------------------
-
-
-class FakeData:
-    """A square wanders over the picture; the action is its displacement from the centre, as an expert's is.
-
-    14 episodes of 30 frames for training, 6 for validation, one constant action dimension, camera "wrist".
-    """
-    CAMERAS, action_dim, fingerprint, text_dim, fps = ["wrist", "side"], 3, "fake", 512, 20
-    attrs = {"action": {"names": ["dx", "dy", "still"], "delta": [True, True, True]}}
-    instructions = ["push the square", "do it"]
-    EPISODES = {"all": range(20), "train": range(14), "val": range(14, 20)}
-
-    def __init__(self, path, chunk, cameras=None, split="all", text_encoder=None, stride=1, future=0):
-        if text_encoder != "hash":
-            raise InputError(f"{path} was embedded with hash, not {text_encoder}")
-        self.chunk, self.cameras, self.episodes = chunk, self.CAMERAS[:cameras], list(self.EPISODES[split])
-        self.num_episodes = len(self.episodes)
-        FakeData.asked_for_stride = stride
-
-    def __len__(self):
-        return 29 * self.num_episodes
-
-    def spaced(self, most):
-        return np.linspace(0, len(self) - 1, min(most, len(self))).astype(int).tolist()
-
-    def __getitem__(self, i):
-        episode, t = self.episodes[i // 29], i % 29
-        where = np.clip(np.cumsum(RNG(episode).normal(size=(30, 2)), 0)
-                        + RNG(episode + 100).uniform(3, 11, 2), 1, 13)
-        picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
-        y, x = where[t].astype(int)
-        picture[:, y - 1:y + 2, x - 1:x + 2] = 255
-        actions = np.c_[(8 - where) / 100, np.zeros(30)].astype(np.float32)
-        rows = np.minimum(t + np.arange(self.chunk), 28)
-        return {"obs": {"images": {c: picture for c in self.cameras}, "instruction": torch.ones(512)},
-                "actions": torch.from_numpy(actions[rows]), "is_pad": t + torch.arange(self.chunk) >= 29,
-                "episode": episode, "t": t, "instruction_id": 0 if episode % 10 < 8 else 1}
-
-
-CONFIG = dict(policy="baku", cameras=["front"], image_size=16, chunk=4, text_dim=512, proprio_dim=None,
-              action_dim=7, latent_dim=3, latent_norm=True, head="latent", proprio_dropout=0.0,
-              **(BAKU.SIZES["tiny"] | dict(width=32, layers=1, heads=2, channels=16)))
-
-
-def write_checkpoint(path, steps=0, **changes):
-    """A policy that for `steps` optimiser steps was told where the square is, as by a good world model."""
-    torch.manual_seed(9)
-    policy, data = make_policy(CONFIG), FakeData("", 4, split="train", text_encoder="hash")
-    if steps:
-        optimizer = torch.optim.Adam(policy.parameters(), 2e-3)
-        items = torch.utils.data.default_collate([data[i] for i in range(0, len(data), 2)])
-        items["obs"]["images"] = {"front": items["obs"]["images"]["wrist"]}
-        target = items["actions"][..., :2] * 10
-        for _ in range(steps):
-            loss = ((policy.latent_actions(items["obs"])[..., :2] - target) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    checkpoint = dict(stage="pretrain", step=steps, config=CONFIG, policy=policy.state_dict(),
-                      text_encoder="hash", world_config=None, args={"latents": "learned"},
-                      data={"mixture": [{"path": "nowhere", "fps": 10, "stride": 1}]})
-    save_checkpoint(path, checkpoint | changes)
-    return str(path)
-
-
-@pytest.fixture
-def fake_data(monkeypatch):
-    monkeypatch.setattr(cca, "EpisodeDataset", FakeData)
-
-
-def analysis(tmp_path, checkpoint, *flags):
-    cca.main(["--checkpoint", checkpoint, "--out", str(tmp_path), "--overwrite", "--max-windows", "400",
-              "--draws", "1", *flags])
-    return json.loads((tmp_path / "cca.json").read_text())
-
-
-def test_latents_that_know_where_the_square_is_gain_over_random_weights_and_untrained_ones_do_not(
-        tmp_path, capsys, fake_data):
-    good = analysis(tmp_path, write_checkpoint(tmp_path / "good.pt", steps=60))
-    single = good["cca"]["all"]["single"]
-    (gain,), rows = single["gain"].values(), single["rows"]
-    name = next(iter(single["gain"]))
-    assert rows[name]["mean"] > 0.8 and gain["random weights"]["mean_interval"][0] > 0
-    assert rows["true actions"]["mean"] > 0.999 and abs(rows["shuffled"]["mean"]) < 0.3
-    assert good["probes"]["actions"]["rows"][f"{name}, linear"]["mean"] > 0.6
-    assert good["constant_actions"] == ["still"] and good["held_out"] == {"episodes": 6, "windows": 174}
-    assert len(rows[name]["held_out"]) == 2 and len(single["random_policies"]) == 5
-    assert len(good["cca"]["all"]["chunk"]["rows"][name]["held_out"]) == 8
-    assert good["cca"]["all"]["chunk"]["windows"] == 6 * (29 - 3), "padded windows are left out"
-    assert good["cca"]["Move"]["single"]["windows"] < 174 and good["cca"]["other"] == {}
-    assert any("other, single: left out, 2 training episodes" in note for note in good["notes"])
-    out = capsys.readouterr().out
-    assert "constant and left out: still" in out and "6 held-out episodes (174)" in out
-    assert "2 frames per latent action" in out and FakeData.asked_for_stride == 2, "10 fps video, 20 Hz robot"
-    assert "pretrained without one" in out
-
-    fresh = analysis(tmp_path, write_checkpoint(tmp_path / "fresh.pt"))["cca"]["all"]["single"]
-    low, high = fresh["gain"][name]["random weights"]["mean_interval"]
-    assert low < 0 < high                           # warning 2: random weights correlate, and gain nothing
-    assert fresh["rows"]["random weights"]["mean"] > 0.2
-
-
-def test_the_same_seed_gives_the_same_numbers_and_a_result_is_not_overwritten_unasked(tmp_path, fake_data):
-    checkpoint = write_checkpoint(tmp_path / "last.pt")
-    a, b = (analysis(tmp_path, checkpoint, "--smoke", "--max-windows", "150") for _ in range(2))
-    assert ({k: v for k, v in a.items() if k != "provenance"}
-            == {k: v for k, v in b.items() if k != "provenance"})
-    assert a["args"]["random_policies"] == 1 and a["args"]["max_windows"] == 150    # the preset, and the flag
-    with pytest.raises(InputError, match="--overwrite"):
-        cca.main(["--checkpoint", checkpoint, "--out", str(tmp_path)])
-
-
-def test_statistics_of_random_policies_are_measured_before_they_are_compared(fake_data):
-    policy = make_policy({**CONFIG, "cameras": ["wrist"]}).eval()
-    data = FakeData("", 4, split="train", text_encoder="hash")
-
-    def spread():
-        windows = cca.collect({"random": policy}, {}, data, range(len(data)), "cpu", "")
-        return windows["latents"]["random"][:, 0].std(0)
-
-    assert spread().max() < 0.2                            # as initialised, all latents are nearly the same
-    cca.estimate_latent_statistics([policy], data, range(len(data)), "cpu")
-    assert not policy.training and not any(m.training for m in policy.modules())
-    assert spread().min() > 0.4                            # now as wide as those of a trained policy
-
-
-def test_the_report_shows_everything_in_one_file(data, tmp_path, capsys):
-    """Two checkpoints, one of them with an inverse-dynamics model that sees the future, on real windows."""
-    for name, flags in (("plain", []), ("inverse", ["--latent-source", "inverse"])):
-        pretrain.main(["--smoke", "--steps", "2", "--eval-every", "2", "--data", data.video, "--probe-data",
-                       "none", "--out", str(tmp_path / name), "--device", "cpu", "--chunk", "4", *flags])
-    cca.main(["--smoke", "--checkpoint", str(tmp_path / "plain" / "last.pt"),
-              str(tmp_path / "inverse" / "last.pt"), "--data", data.robot, "--out", str(tmp_path / "cca"),
-              "--folds", "2", "--device", "cpu"])
-    result = json.loads((tmp_path / "cca" / "cca.json").read_text())
-    assert list(result["cca"]["all"]["single"]["rows"]) == [
-        "plain", "inverse", "inverse, inverse dynamics (sees the future)", "random weights", "frame", "time",
-        "shuffled", "true actions"]
-    assert len(result["use_per_step"]["instruction"]["ratio"]) == 4 and len(result["effect"]) == 7
-    assert set(result["pairs"]) == {"same task, other episode", "other task", "robot and video"}
-    assert result["probes"]["motion"]["columns"] == ["x over chunk", "y over chunk"], "z never varies"
-    report = (tmp_path / "cca" / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 6 and not re.search('src="(?!data:)|href=', report)
-    for picture in "correlations probes use swap sweep pairs".split():
-        assert (tmp_path / "cca" / f"{picture}.png").stat().st_size > 5000
-    assert "open-loop error" in capsys.readouterr().out
-
-
-def test_what_cannot_be_analysed_is_refused_with_a_way_out(tmp_path, monkeypatch, fake_data):
-    good = write_checkpoint(tmp_path / "good.pt")
-    broken = torch.load(good, weights_only=True)
-    broken["policy"]["query"][3] = torch.inf
-    save_checkpoint(tmp_path / "broken.pt", broken)
-
-    def refused(message, *flags, checkpoint=good):
-        with pytest.raises(InputError, match=message):
-            cca.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *flags])
-
-    refused("NaN or infinity in 1 tensors .first: query", checkpoint=tmp_path / "broken.pt")
-    broken = torch.load(good, weights_only=True)
-    save_checkpoint(tmp_path / "world.pt", {**broken, "world_model": {"w": torch.tensor([torch.nan])}})
-    refused("NaN or infinity in 1 tensors .first: world_model.w", checkpoint=tmp_path / "world.pt")
-    refused("finetuned on actions", checkpoint=write_checkpoint(tmp_path / "fine.pt", stage="finetune"))
-    refused("embedded with hash, not minilm",
-            checkpoint=write_checkpoint(tmp_path / "text.pt", text_encoder="minilm"))
-    refused("too few for 3 . 2 dimensions", "--max-windows", "5", "--folds", "2")
-    refused("14 training and 6 held-out episodes: 15", "--folds", "15")
-    refused("--bootstrap takes 1 or more", "--bootstrap", "0")
-    refused("--folds takes 2 or more", "--folds", "1")
-    with monkeypatch.context() as patched:
-        patched.setitem(FakeData.EPISODES, "val", [14])
-        refused("1 held-out")
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeData, "CAMERAS", [])
-        refused("looks through 1 cameras")
-    with monkeypatch.context() as patched:
-        patched.setattr(FakeData, "action_dim", None)
-        refused("no actions to compare with")
-    still = FakeData.__getitem__
-    monkeypatch.setattr(FakeData, "__getitem__", lambda self, i: {
-        **still(self, i), "actions": torch.zeros(4, 3)})
-    refused("no action of .* varies")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_task_group_without_held_out_episodes_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch,
-                                                                                 fake_data):
-    monkeypatch.setitem(FakeData.EPISODES, "val", [14, 15, 16])
-    result = analysis(tmp_path, write_checkpoint(tmp_path / "last.pt"), "--smoke", "--folds", "2")
-    assert result["cca"]["other"] == {} and result["cca"]["all"]["single"]["episodes"] == 3
-    assert any("fewer than two held-out episodes" in note for note in result["notes"])
