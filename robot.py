@@ -73,6 +73,7 @@ ACTION = {"names": ["x", "y", "z", "rx", "ry", "rz", "gripper"], "units": ["m"] 
           "delta": [True] * 6 + [False]}
 PROPRIO = {"names": ACTION["names"], "units": ACTION["units"], "frame": "robot base, from tool-down",
            "gripper": "1 = open .. 0 = closed"}
+TAKE_FORMAT = 1                     # of what `record` writes
 MAX_STEP, MAX_TURN = 0.02, 0.1      # m and rad per control step; larger actions are shortened
 WORKSPACE = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])    # m, of the commanded tool centre
 HOME = np.array([0.27, 0.0, 0.17])  # m, tool centre at the start of an episode; the twin's: +- 2 cm
@@ -618,13 +619,14 @@ class RealmanArm:
         return next(filter(None, (watch() for watch in self.watch)), None)
 
     def _grip_loop(self):
-        """The gripper: its wanted side is sent when it changes, its opening is read up to 20 times a second.
+        """The gripper: its wanted side is sent when it changes, its opening is asked for 20 times a second.
 
-        The gripper answers over a slow serial line. On a busy machine the library gives up after its 200 ms
-        and prints "get_gripper_state revice error". That delays neither frames nor a stop: the library sends
-        both while it waits for the gripper (measured: tests/rehearse_faults.py, "gripper late"). One missing
-        answer is therefore asked again; SILENT in a row, about a second, stop the arm. A refused command
-        stops it at once.
+        On a busy machine the library sometimes gives up after its 200 ms and prints "get_gripper_state revice
+        error". That delays neither frames nor a stop: the library sends them while it waits for the gripper
+        (tests/rehearse_faults.py, "gripper late, space bar": the stop is on the wire within milliseconds),
+        and this thread is not the watchdog's. It asks again; a late answer then counts for a later question,
+        so `opening` may be half a second old. SILENT questions in a row without an answer, which takes about
+        a second, stop the arm; so does a command that the gripper refuses, at once.
         """
         silent = 0
         try:
@@ -1340,7 +1342,7 @@ def record(args):
           open(out / "commands.jsonl" if moves(args) else os.devnull, "a", buffering=1) as journal):
         if moves(args):
             write_json(out / "takes.json", {
-                "format": 1, "source": "realman", "fps": CONTROL_HZ, "cameras": list(s.cameras),
+                "format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "cameras": list(s.cameras),
                 "action": ACTION, "proprio": PROPRIO, "settings": settings, "workspace_m": WORKSPACE.tolist(),
                 "tool_m": TOOL, "dh": DH.tolist(), "arm": {what: found for what, found, _ in s.checks}})
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
