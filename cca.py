@@ -29,6 +29,7 @@ import base64
 import html
 import inspect
 import io
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,12 +345,12 @@ def analyse(X, X_test, Y, Y_test, episode, episode_test, seed):
 
     Constant columns are left out; components that are missing for lack of columns count as 0.
     """
-    x, y = X.std(0) > 1e-6, Y.std(0) > 1e-6
-    if not y.any() or min(len(np.unique(e)) for e in (episode, episode_test)) < 2:
-        raise LeftOut("no action varies, or there are fewer than 2 training or held-out episodes")
-    if len(X) <= x.sum() + y.sum():
-        raise LeftOut(f"{len(X)} training windows are too few for {x.sum()} + {y.sum()} dimensions: raise "
-                      "--max-windows, or give more data")
+    if min(len(np.unique(e)) for e in (episode, episode_test)) < 2:
+        raise LeftOut("there are fewer than 2 training or held-out episodes")
+    x, y = X.std(0) > 1e-6, Y.std(0) > 1e-6                     # columns that vary
+    if not y.any() or len(X) <= x.sum() + y.sum():
+        raise LeftOut(f"{len(X)} training windows are too few for {x.sum()} + {y.sum()} dimensions "
+                      "that vary: raise --max-windows, or give more data")
     if not x.any():                                     # e.g. the time, where every episode has one window
         return np.zeros((1 + RESAMPLES, y.sum())), np.zeros(y.sum()), None
     X, X_test, Y, Y_test = X[:, x], X_test[:, x], Y[:, y], Y_test[:, y]
@@ -392,7 +393,7 @@ def correlations(study):
                 results = {name: analyse(*(v[i] for pair in (x, Y, episode) for v, i in zip(pair, inside)),
                                          study.args.seed) for name, x in X.items()}
             except LeftOut as reason:
-                if (group, steps) == ("all", "single"):
+                if not rows:
                     raise InputError(f"{study.args.data}: {reason}") from None
                 study.note(f"correlations of {group}, {steps}, are left out: {reason}")
                 continue
@@ -408,7 +409,15 @@ def correlations(study):
                       "detail": {"components": [estimate(s) for s in samples.T], "ridge": ridge,
                                  "windows": [int(i.sum()) for i in inside]}}
                      for name, (samples, in_sample, ridge) in results.items()]
-    return "Canonical correlations with the true actions", rows, draw_correlations(rows)
+    panels = []
+    for steps, title in (("single", "single steps: z_t, a_t"), ("chunk", "whole chunks")):
+        curves = {row["latents"]: row["detail"]["components"][:10] for row in rows if row["tasks"] == "all"
+                  and row["steps"] == steps and row["in sample"] is not None}
+        if curves:
+            panels.append((range(1, 1 + len(next(iter(curves.values())))), curves, {
+                "title": title, "xlabel": "canonical component (number)",
+                "ylabel": "held-out correlation (no unit)"}))
+    return "Canonical correlations with the true actions", rows, draw(*panels)
 
 
 def probes(study):
@@ -440,8 +449,13 @@ def probes(study):
                       for i in chosen]
             row[f"from {k}"] = [float(np.mean(scores)), min(scores), max(scores)]
         rows.append(row)
-    picture = draw_probes(rows, list(study.moves), list(budgets), len(Y) / len(ids))
-    return "Probes of the true actions", rows, picture
+    names, label = list(study.moves), "held-out R2 (no unit)"
+    return "Probes of the true actions", rows, draw(
+        (names, {row["latents"]: [row[name] for name in names] for row in rows},
+         {"title": "fitted on all episodes", "xlabel": "action dimension", "ylabel": label}),
+        (list(budgets), {row["latents"]: [row[f"from {k}"] for k in budgets] for row in rows},
+         {"title": "mean over the dimensions", "xscale": "log", "ylabel": label,
+          "xlabel": f"labelled episodes (number), about {len(Y) / len(ids):.0f} windows each"}))
 
 
 def collapse(study):
@@ -555,7 +569,7 @@ def pairs(study):
     other_episode = robot["episode"][:, None] != robot["episode"]
     kinds = {"same task, other episode": (robot, shift, shift, MOVES_METRES, same_task & other_episode),
              "other task": (robot, shift, shift, MOVES_METRES, ~same_task)}
-    if video is not None:
+    if video is not None and Path(video["path"]).resolve() != Path(study.args.data).resolve():
         kinds["robot and video"] = video, robot["motion"], video["motion"], MOVES_PIXELS, True
     for kind, (bank, a, b, least, allowed) in kinds.items():
         agrees = cosine(a[:, None], b) > 0.5                                          # (Q, M)
@@ -588,8 +602,10 @@ ANALYSES = (correlations, probes, collapse, swap, pairs)
 
 # ---- 4 report --------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = 3 * ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Baselines look the same in all pictures.
+BASELINES = {"random weights": ("#E69F00", "s"), "random 1": ("#E69F00", "s"), "frame": ("#009E73", "^"),
+             "time": ("#CC79A7", "D"), "shuffled": ("#999999", "x"), "true actions": ("#000000", "*")}
+OTHERS = [("#0072B2", "o"), ("#D55E00", "v"), ("#56B4E9", "<"), ("#F0E442", ">")]
 
 
 def png(figure):
@@ -627,49 +643,24 @@ def arrow(clips, i, scale=3):
     return picture
 
 
-def draw_correlations(rows):
-    """Held-out correlation of the first components, single steps and chunks, of all tasks -> PNG."""
-    rows = [row for row in rows if row["tasks"] == "all" and row["in sample"] is not None]
-    kinds = list(dict.fromkeys(row["steps"] for row in rows))
-    figure = Figure(figsize=(10, 4.3), layout="constrained")
-    for axes, steps in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds):
-        shown = [row for row in rows if row["steps"] == steps]
-        for row, colour, mark in zip(shown, COLOURS, 3 * "os^Dv<>X"):
-            value, low, high = np.array(row["detail"]["components"][:10], float).T
-            x = np.arange(1, len(value) + 1)
-            axes.plot(x, value, marker=mark, ms=4, lw=1.2, color=colour, label=row["latents"])
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        axes.set(title={"single": "single steps: z_t, a_t", "chunk": "whole chunks"}[steps],
-                 xlabel="canonical component (number)", ylim=(-0.25, 1.03), xticks=x)
+def draw(*panels):
+    """Panels side by side -> PNG. panel: (x (K,), {name: K estimates}, settings of the axes); x of text is a
+    list of categories."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, (x, curves, settings) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        others, places, text = itertools.cycle(OTHERS), np.arange(len(x)), isinstance(x[0], str)
+        for k, (name, estimates) in enumerate(curves.items()):
+            colour, mark = BASELINES.get(name) or next(others)
+            value, low, high = np.array(estimates, float).T
+            at = places + 0.1 * (k - (len(curves) - 1) / 2) if text else x      # categories: side by side
+            axes.errorbar(at, value, np.clip([value - low, high - value], 0, None), marker=mark, ms=5,
+                          lw=0 if text else 1.2, elinewidth=0.8, capsize=2, color=colour, label=name)
         axes.axhline(0, color="black", lw=0.6)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out correlation (no unit)")
+        axes.set(ylim=(-0.3, 1.03), **settings)
+        axes.set_xticks(places if text else x, x)
+        axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
-    return png(figure)
-
-
-def draw_probes(rows, dimensions, budgets, windows):
-    """R2 per action dimension, and against the number of labelled episodes -> PNG. windows: per episode."""
-    figure = Figure(figsize=(10, 4.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    width = 0.8 / len(rows)
-    for k, (row, mark) in enumerate(zip(rows, 3 * "os^Dv<>X")):
-        value, low, high = np.array([row[name] for name in dimensions], float).T
-        error = np.nan_to_num(np.clip([value - low, high - value], 0, None))
-        left.bar(np.arange(len(value)) + width * (k - len(rows) / 2 + 0.5), np.clip(value, -0.3, 1), width,
-                 color=COLOURS[k], yerr=error, error_kw={"lw": 0.8}, label=row["latents"])
-        value, low, high = np.array([row[f"from {b}"] for b in budgets]).T
-        right.plot(budgets, value, marker=mark, ms=4, color=COLOURS[k])
-        right.fill_between(budgets, low, high, color=COLOURS[k], alpha=0.15, lw=0)
-    left.set(xticks=range(len(dimensions)), xticklabels=dimensions, xlabel="action dimension",
-             ylabel="held-out R2 (no unit)", title="all labelled episodes", ylim=(-0.3, 1))
-    right.set(xscale="log", xlabel=f"labelled episodes (number), about {windows:.0f} windows each",
-              ylabel="held-out R2, mean over dimensions", title="few labelled episodes", ylim=(-0.3, 1),
-              xticks=budgets, xticklabels=budgets)
-    right.minorticks_off()
-    for axes in (left, right):
-        axes.axhline(0, color="black", lw=0.6)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     return png(figure)
 
 
@@ -688,21 +679,16 @@ def text_rows(rows):
 
 def html_report(title, facts, sections):
     """One self-contained page -> bytes. sections: (heading, explanation, rows, PNG or None)."""
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
     body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(facts)}</pre>"]
     for heading, explanation, rows, picture in sections:
-        head, *rest = text_rows(rows)
         body.append(f"<h2>{html.escape(heading)}</h2>")
         body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in explanation.split("\n\n")]
-        body.append("<table>" + line(head, "th") + "".join(line(cells, "td") for cells in rest) + "</table>")
+        body.append(f"<pre>{html.escape(markdown_table(text_rows(rows)))}</pre>")
         if picture:
             body.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,'
                         f'{base64.b64encode(picture).decode()}">')
-    style = ("body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-             "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #999;padding:2px 8px;"
-             "text-align:left}pre{background:#eee;padding:1em;white-space:pre-wrap}")
+    style = ("body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+             "p{max-width:50em}pre{background:#eee;padding:1em;overflow-x:auto;font-size:12px}")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
             f"<style>{style}</style>" + "\n".join(body) + "</html>\n").encode()
 
@@ -770,7 +756,7 @@ def main(argv=None):
         note(clips)
     else:
         video = collect({name: policies[name] for name in (names[0], "random 1")}, {}, clips, args.clips,
-                        device, "video clips", keep_frames=True)
+                        device, "video clips", keep_frames=True) | {"path": clips.path}
     study = SimpleNamespace(
         args=args, device=device, note=note, checkpoint=checkpoints[0],
         names=names,                                            # of the pretrained policies
@@ -783,7 +769,7 @@ def main(argv=None):
         f"data         {args.data}, {data[0].stride} frames per latent action: fitted on "
         f"{data[0].num_episodes} episodes ({len(train['t']):,} windows), reported on {data[1].num_episodes} "
         f"held-out episodes ({len(held_out['t']):,} windows)",
-        *(f"{g:12s} {', '.join(repr(t) for t in instructions if group_of(t) == g)[:200]}" for g in groups)])
+        *(f"{g:12s} {', '.join(t for t in instructions if group_of(t) == g)[:200]}" for g in groups)])
     print(facts)
 
     # ---- analyses ----
