@@ -204,7 +204,7 @@ def open_windows(path, split, checkpoint, cameras, future):
 
 
 def open_data(args, policies, inverses, checkpoint):
-    """-> training and held-out windows of --data; held-out video clips, or why there are none (str)."""
+    """-> training and held-out windows of --data; held-out video clips, or None if there are none."""
     cameras = max(len(policy.cameras) for policy in policies.values())
     views = max([inverse.views for inverse in inverses.values()], default=0)
     train, held_out = (open_windows(args.data, split, checkpoint, cameras, future)
@@ -216,9 +216,8 @@ def open_data(args, policies, inverses, checkpoint):
         raise InputError(f"{args.data} has {train.num_episodes} training and {held_out.num_episodes} "
                          "held-out episodes: at least 2 of each are needed")
     path, views = args.video or checkpoint["data"]["mixture"][0]["path"], checkpoint["world_config"]["views"]
-    if path == "none" or not (args.video or Path(path).exists()):
-        return train, held_out, f"there are no video clips: {path} is not here (--video names others)"
-    return train, held_out, open_windows(path, "val", checkpoint, views, views)
+    wanted = path != "none" if args.video else Path(path).exists()
+    return train, held_out, open_windows(path, "val", checkpoint, views, views) if wanted else None
 
 
 @torch.no_grad()
@@ -506,7 +505,7 @@ def swap(study):
     """
     config, video, seed = study.checkpoint["world_config"], study.video, study.args.seed
     if video is None:
-        raise LeftOut("there are no video clips")
+        raise LeftOut("there are no video clips: the pretraining video is not here; --video names another")
     if study.checkpoint["args"]["latents"] == "true":
         raise LeftOut("the world model was trained on true actions (--latents true), not on latents")
     if config["target"] in ("features", "flow"):
@@ -751,12 +750,8 @@ def main(argv=None):
     for split in (train, held_out):
         split["group"] = np.array([group_of(instructions[i]) for i in split["instruction_id"]])
     groups = [g for g in (*GROUPS, "other") if g in train["group"]]
-    video = None
-    if isinstance(clips, str):
-        note(clips)
-    else:
-        video = collect({name: policies[name] for name in (names[0], "random 1")}, {}, clips, args.clips,
-                        device, "video clips", keep_frames=True) | {"path": clips.path}
+    video = clips and collect({name: policies[name] for name in (names[0], "random 1")}, {}, clips, args.clips,
+                              device, "video clips", keep_frames=True) | {"path": clips.path}
     study = SimpleNamespace(
         args=args, device=device, note=note, checkpoint=checkpoints[0],
         names=names,                                            # of the pretrained policies
@@ -774,6 +769,7 @@ def main(argv=None):
 
     # ---- analyses ----
     sections, result = [], {}
+    out.mkdir(parents=True, exist_ok=True)
     for analysis in ANALYSES:
         try:
             title, rows, picture = analysis(study)
@@ -784,7 +780,6 @@ def main(argv=None):
         sections.append((title, inspect.getdoc(analysis), rows, picture))
         result[analysis.__name__] = {"title": title, "rows": rows}
         if picture:
-            out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / f"{analysis.__name__}.png", picture)
 
     # ---- report ----

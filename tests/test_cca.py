@@ -249,7 +249,7 @@ def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
     way, n = RNG(0).normal(size=(200, 3)), 200
     study.held_out = study.video = {
         "actions": way[:, None] * 0.05, "motion": 10 * way[:, :2], "where": np.full((n, 2), 16.0),
-        "picture": np.zeros((n, 3, 32, 32), np.uint8), "small picture": way, "t": np.arange(n),
+        "picture": np.zeros((n, 3, 32, 32), np.uint8), "small picture": way, "t": np.arange(n), "path": "hands",
         "episode": np.arange(n) // 10, "instruction_id": np.arange(n) % 2,
         "latents": {"good": way + 0.05 * RNG(1).normal(size=(n, 3)),
                     "random 1": 10.0 * (np.arange(n) // 10)[:, None] + RNG(2).normal(size=(n, 3))}}
@@ -295,6 +295,7 @@ def test_the_report_shows_everything_in_one_file(data, runs, tmp_path, monkeypat
         plain, inverse, f"{inverse}, inverse dynamics (sees the future)", "frame", "time", "shuffled",
         "true actions", "random weights"]
     assert {r["by"] for r in result["pairs"]["rows"]} == {plain, "random 1", "frame"}, "two cameras, too"
+    assert "robot and video" not in str(result["pairs"]), "this video is the robot's own"
     report = (tmp_path / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 4 and not re.search('src="(?!data:)|href=', report)
     for picture in "correlations probes swap pairs".split():
