@@ -28,7 +28,7 @@ without it is not a dataset. Shard k covers a fixed run of the source's items. W
     images/<camera>/jpg      (bytes,) uint8, contiguous   JPEG q95 4:4:4, one frame after the other
     images/<camera>/offset   (N+1,) int64                 frame i is jpg[offset[i]:offset[i+1]]
     episode_start            (E+1,) int64                 episode e is frames start[e]:start[e+1]
-    name, instruction        (E,) str                     instruction: JSON list of annotations; the first is used
+    name, instruction        (E,) str                     JSON list of annotations, the first counts
     fps                      (E,) float32                 frames per second
     actions, proprio         (N, A), (N, P) float32       absent for video; the row of an episode's last frame
                                                           is the hold action (changes zero, targets repeated)
@@ -82,8 +82,8 @@ from av.video.reformatter import VideoReformatter
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from models import (HelpFormatter, InputError, at_least, check_free, check_same, file_hash, read_json, run, shrink,
-                    write_atomically, write_json)
+from models import (HelpFormatter, InputError, at_least, check_free, check_same, file_hash, read_json, run,
+                    shrink, write_atomically, write_json)
 from robot import ACTION, CONTROL_HZ, EVAL_SEED0, PROPRIO, TAKE_FORMAT, TASKS, TwinEnv, expert_episode
 
 FORMAT_VERSION = 3        # 3: instructions are words, which the policy embeds
@@ -96,28 +96,29 @@ av.logging.set_level(av.logging.PANIC)                  # damaged files are coun
 
 
 class Reject(Exception):
-    """Raised by a job whose item cannot be used: Reject(reason, detail). Rejected items are never replaced."""
+    """Raised by a job whose item cannot be used: Reject(reason, detail). It is never replaced."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 def walk(root):
-    """os.walk that follows links, skips our own datasets, and fails on a folder that it may not list."""
+    """os.walk that follows links, visits no folder twice, and skips our own datasets. InputError for a folder
+    that it may not list."""
     def refused(error):
-        raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable, or move it away")
-    seen = {os.path.realpath(root)}                  # a link to a folder that was visited is not a second copy
+        raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable or move it")
+    seen = set()
     for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
-        places = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(below)}
-        below.clear()
-        for name, place in places.items():
-            if place not in seen and not os.path.exists(os.path.join(place, "arguments.json")):
-                below.append(name)
-            seen.add(place)
+        place = os.path.realpath(folder)
+        if place in seen or (folder != root and os.path.exists(os.path.join(place, "arguments.json"))):
+            below.clear()
+            continue
+        seen.add(place)
+        below.sort()
         yield folder, below, names
 
 
 def find_files(root, *endings):
-    """Files below a folder whose lower-case names end so -> sorted paths relative to it, numbers in numeric order."""
+    """Files below a folder whose names end so -> their paths relative to it, file 9 before file 10."""
     return sorted((os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
                    for folder, _, names in walk(root) for name in names if name.lower().endswith(endings)),
                   key=natural)
@@ -129,8 +130,8 @@ def natural(text):
 
 
 def drawn(name, args):
-    """Whether an item is in the random share --fraction. Only its name and --seed decide: a larger share holds
-    the smaller one, and a missing file does not move any other.
+    """Whether an item is in the random share --fraction. Only its name and --seed decide: a larger share
+    holds the smaller one, and a missing file does not move any other.
     UPSTREAM: the release takes the first 10,000 files in lexicographic order."""
     digest = hashlib.sha256(f"{args.seed}/{name}".encode("utf-8", "backslashreplace")).hexdigest()
     return int(digest[:12], 16) < args.fraction * 16 ** 12
@@ -138,7 +139,8 @@ def drawn(name, args):
 
 def check_output(folder, args):
     """InputError when the output folder holds foreign files, or ours without --resume or --overwrite."""
-    held = sorted(name for name in os.listdir(folder) if not name.endswith(".tmp")) if os.path.exists(folder) else []
+    held = sorted(os.listdir(folder)) if os.path.exists(folder) else []
+    held = [name for name in held if not name.endswith(".tmp")]
     if held and "arguments.json" not in held:
         raise InputError(f"{folder} holds other files ({held[0]}, ...): give another folder with --out")
     check_free(folder, held, args)
@@ -218,19 +220,19 @@ MAX_GAP = 0.5             # s between two frames: more is a hole in the file, no
 
 
 def open_video(path):
-    """-> PyAV container, to be closed by the caller. Reject a missing file; av.FFmpegError when it is no video."""
+    """-> PyAV container, closed by `with`. Reject a missing file; av.FFmpegError when it is not a video."""
     if not os.path.exists(path):
         raise Reject("missing file", path)
     container = av.open(path)
     if not container.streams.video:
         raise Reject("not a video", "it has no video stream")
-    container.streams.video[0].codec_context.thread_count = 1
-    container.streams.video[0].codec_context.options = {"err_detect": "explode"}     # else H.264 hides damage
+    codec = container.streams.video[0].codec_context
+    codec.thread_count, codec.options = 1, {"err_detect": "explode"}     # else H.264 conceals damage
     return container
 
 
 def decode(container, start):
-    """AV frames of a video in their order, from the key frame before `start` s (None: the beginning) on."""
+    """Frames of a video (av.VideoFrame) from the key frame before `start` s (None: the beginning) on."""
     stream = container.streams.video[0]
     if start is not None:
         container.seek(int(start / stream.time_base), stream=stream)
@@ -241,43 +243,42 @@ def decode(container, start):
 
 
 def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=MAX_GAP):
-    """AV frames of a video at even times: the first one from `start` s on, then one every 1 / fps s until `end`.
+    """Frames of a video at even times: the first one from `start` s on, then one every 1 / fps s until `end`.
 
-    The frames' own times decide, not their number: of a variable frame rate, the frame nearest to each time
-    is taken. A seek may land late in an odd file; then the file is read from its beginning.
+    The frames' own times decide, not their number: where the rate varies, the frame nearest to each time is
+    taken. A seek may land late in an odd file, which is then read from its beginning.
     """
-    frames = decode(container, None if start <= 0 else start)
+    frames = decode(container, start if start > 0 else None)
     first = next(frames, None)
     if start > 0 and (first is None or first.time > start):
         frames = decode(container, 0)
         first = next(frames, None)
-    shown, count, slack, end = None, 0, 0.1 / fps, end - 0.1 / fps       # s; containers round to milliseconds
-    for frame in itertools.chain([first] * (first is not None), frames):
-        time = frame.time
+    shown, count, slack = None, 0, 0.1 / fps         # s; containers round times to milliseconds
+    for frame in itertools.chain([first] * (first is not None), frames, [None]):
+        if frame is None and shown is None:
+            return
+        time = frame.time if frame else before + 1 / fps         # the last frame is shown for one step, too
         if time < start - slack:
             continue
-        if frame.is_corrupt:
+        if frame and frame.is_corrupt:
             raise Reject("damaged video", f"the frame at {time:.2f} s does not decode without errors")
         if shown is None:
             origin = time
-        elif time <= before:
-            time = before + 1 / fps                  # some containers mix up the last times
+        elif time <= before:                         # some containers mix up the last times
+            time = before + 1 / fps
         elif time - before > max(max_gap, 1.5 / fps):
             raise Reject("missing frames", f"none between {before:.2f} s and {time:.2f} s")
-        while shown is not None and origin + count / fps < min(time - 0.5 / fps, end):
+        while shown and origin + count / fps < min(time - 0.5 / fps, end - slack):
             yield shown
             count += 1
-        if time >= end:
+        if time >= end - slack:
             return
         shown, before = frame, time
-    while shown is not None and origin + count / fps < min(before + 0.5 / fps, end):
-        yield shown
-        count += 1
 
 
 def to_bgr(frames):
-    """AV frames -> (H, W, 3) uint8 BGR, turned upright as the file demands."""
-    converter = VideoReformatter()                   # of its own and with one thread: a third faster
+    """av.VideoFrames -> (H, W, 3) uint8 BGR, turned upright as the file demands."""
+    converter = VideoReformatter()                   # one for all frames, with one thread: a third faster
     for frame in frames:
         plane = converter.reformat(frame, format="bgr24", threads=1).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
@@ -286,39 +287,32 @@ def to_bgr(frames):
 
 
 def read_video(path, instructions, args, start=None, end=None):
-    """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of its time has frames.
+    """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of the time has frames.
 
-    libav decodes what there is of a cut file without an error, so the result is compared with the duration in the
-    header. Damage is found where the codec can tell: always in H.264 and AV1, in VP8 and VP9 hardly ever.
+    A file that is cut off decodes without an error as far as it goes, so the header's duration is compared.
+    Damage inside is found where the codec can tell: in H.264 and AV1, but hardly ever in VP8 and VP9.
     """
     if os.path.exists(path) and not os.path.getsize(path):
         raise Reject("empty file")
     try:
         container = open_video(path)
-    except av.InvalidDataError:
-        with open(path, "rb") as f:
-            raise Reject("not a video", f"begins with {f.read(8)!r}") from None
+    except av.InvalidDataError as error:
+        raise Reject("not a video", one_line(error)) from None
     with container:
         stream = container.streams.video[0]
         nominal, average = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
-        fps = average if nominal > 2 * average > 0 else nominal          # nominal may be that of the clock
+        fps = average if nominal > 2 * average > 0 else nominal          # some give the clock's rate
         if not 0 < fps <= 240:
             raise Reject("no frame rate", f"{fps} frames per second")
+        zero = float((stream.start_time or 0) * stream.time_base)        # s, where the file's clock begins
         length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-        zero = float((stream.start_time or 0) * stream.time_base)        # s, where the file's own clock begins
-        begin, stop = (-math.inf, math.inf) if start is None else (zero + start, zero + end)
-        frames = even_frames(container, fps, begin, stop)
-        jpegs = to_jpegs(to_bgr(itertools.islice(frames, 0, None, args.stride)), args)
-    expected = float(length if start is None else end - start) * fps / args.stride
+        span = () if start is None else (zero + start, zero + end)
+        jpegs = to_jpegs(to_bgr(even_frames(container, fps, *span)), args)
+    expected = float(length if start is None else end - start) * fps
     if len(jpegs) < 0.9 * expected:
         raise Reject("truncated", f"{len(jpegs)} of {expected:.0f} frames decode")
     check_length(len(jpegs), args)
-    return {"images": {VIDEO_CAMERA: jpegs}, "instructions": instructions, "fps": fps / args.stride}
-
-
-def refuse(reason, detail):
-    """Job of an item that its generator already knows to be unusable."""
-    raise Reject(reason, detail)
+    return {"images": {VIDEO_CAMERA: jpegs}, "instructions": instructions, "fps": fps}
 
 
 # ---- source: Something-Something v2 ------------------------------------------------------------------------
@@ -327,7 +321,7 @@ def ssv2_episodes(args):
     """Clips of Something-Something v2, in the numeric order of their ids.
 
     Label files and folders have many names (TwentyBN's, Qualcomm's, those that people unpack them into): all
-    are searched. `label` is what the annotator wrote; the filled-in `template` differs from it in 22 % of clips.
+    are searched. `label` is what the annotator wrote; the filled-in `template` differs in 22 % of clips.
     """
     labels = {}
     for split in args.splits:
@@ -340,7 +334,7 @@ def ssv2_episodes(args):
         entries = read_json(found) if found else []
         for entry in entries if isinstance(entries, list) else [entries]:
             if not (isinstance(entry, dict) and "id" in entry and isinstance(entry.get("label"), str)):
-                raise InputError(f"{found}: {str(entry)[:80]} has no id or no label; leave the test split out")
+                raise InputError(f"{found}: {str(entry)[:80]} has no id or label; leave the test split out")
             labels[str(entry["id"])] = " ".join(entry["label"].split())
     if not labels:
         raise InputError(f"no labels in {args.input}: expected labels/train.json or "
@@ -348,8 +342,9 @@ def ssv2_episodes(args):
     folders = [os.path.join(args.input, name) for name in (SSV2_CLIPS, "videos", "")]
     folder = next((f for f in folders if glob.glob(os.path.join(glob.escape(f), "*.webm"))), None)
     if folder is None:
-        raise InputError(f"no .webm in {' or '.join(folders)}: unpack the archive there. Unzip its parts first if "
-                         f"they are zipped (unzip 'z*'), then join and unpack them: cat {SSV2_CLIPS}-?? | tar zx")
+        raise InputError(f"no .webm in {' or '.join(folders)}: unpack the archive there. Unzip its "
+                         "parts if they are zipped (unzip '20bn*'), then join and unpack them: "
+                         f"cat {SSV2_CLIPS}-?? | tar zx")
     if not any(name.removesuffix(".webm") in labels for name in os.listdir(folder)):
         raise InputError(f"{folder} has none of the {len(labels)} labelled clips: do clips and labels match?")
     print(f"{len(labels)} labelled clips (Something-Something v2: 168,913 train, 24,777 validation)")
@@ -366,19 +361,19 @@ def videos_episodes(args):
 
     One instruction for all, or a CSV with the columns file,instruction and, to cut, start,end in seconds.
     """
-    endings = (".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif")
-    files, others = find_files(args.input, *endings), collections.Counter(
-        os.path.splitext(name)[1].lower() for name in find_files(args.input, "") if not name.lower().endswith(endings))
+    endings, names = (".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif"), find_files(args.input, "")
+    files = [name for name in names if name.lower().endswith(endings)]
+    others = collections.Counter(os.path.splitext(name)[1] or name for name in set(names) - set(files))
     if others:
-        print(f"passed over: {', '.join(f'{n} {ending or chr(34) * 2}' for ending, n in others.most_common(10))}")
+        counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common(10))
+        print(f"passed over, as they are not videos: {counts}")
     if not files:
         raise InputError(f"no video in {args.input}: expected files ending in {' '.join(endings)}")
     clips = {(name, None, None): [args.instruction] for name in files}
     if args.captions:
         clips = read_captions(args.captions, files, args.input)
         print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos, {len(clips)} clips; "
-              f"other videos are left out; {sum('' in texts for texts in clips.values())} clips have an empty "
-              "instruction")
+              f"other videos are left out; {sum('' in texts for texts in clips.values())} have no instruction")
     elif not args.instruction:
         print("no --captions and no --instruction: every video gets the empty instruction")
     for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
@@ -390,36 +385,35 @@ def videos_episodes(args):
 
 def read_captions(path, files, folder):
     """CSV -> {(file, start, end): [instruction, ...]}: several lines for one clip are several annotations."""
-    captions, wrong = {}, []
-    known = {unicodedata.normalize("NFC", file): file for file in files}     # macOS decomposes umlauts
+    def composed(name):                              # macOS writes an umlaut as two characters
+        return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/")))
     if not os.path.isfile(path):
         raise InputError(f"no captions at {path}: give a CSV with the columns file,instruction")
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
-            rows = csv.DictReader(f)
+            rows = csv.DictReader(f, restval="")
             lines, columns = [(rows.line_num, row) for row in rows], set(rows.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV file of UTF-8 text ({error}): save it as one") from None
     if not {"file", "instruction"} <= columns or len(columns & {"start", "end"}) == 1:
-        raise InputError(f"{path} has the columns {', '.join(sorted(columns))}: expected file,instruction and, to "
-                         "cut clips out of the files, start,end")
+        raise InputError(f"{path} has the columns {', '.join(sorted(columns))}: expected file,instruction "
+                         "and, to cut clips out of the files, start,end")
+    known, captions, wrong = {composed(file): file for file in files}, {}, []
     for number, row in lines:
-        file = known.get(unicodedata.normalize("NFC", os.path.normpath((row["file"] or "").replace("\\", "/"))))
-        start, end = row.get("start") or None, row.get("end") or None
+        file, start, end = known.get(composed(row["file"])), row.get("start") or None, row.get("end") or None
+        if file is None:
+            wrong.append(f"line {number}: no video {row['file']!r} in {folder}")
         try:
             if start or end:
                 start, end = float(start), float(end)
                 if not 0 <= start < end < math.inf:
                     raise ValueError
         except (TypeError, ValueError):
-            wrong.append(f"line {number}: start {row['start']!r}, end {row['end']!r}: expected seconds, 0 <= start "
-                         "< end, or both empty")
-        if file is None:
-            wrong.append(f"line {number}: no video {row['file']!r} in {folder}")
-        text = " ".join((row["instruction"] or "").split())
-        captions.setdefault((file, start, end), []).append(text)
+            wrong.append(f"line {number}: start {row['start']!r}, end {row['end']!r}: expected seconds, 0 <= "
+                         "start < end, or both empty for the whole file")
+        captions.setdefault((file, start, end), []).append(" ".join(row["instruction"].split()))
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} of {len(lines)} rows are wrong: {'; '.join(wrong[:10])}"
+        raise InputError(f"{path}: {len(wrong)} errors in {len(lines)} rows: {'; '.join(wrong[:10])}"
                          + "; ..." * (len(wrong) > 10))
     if not captions:
         raise InputError(f"{path} has no row below its heading: expected one per video or clip")
@@ -439,7 +433,7 @@ def bridge_episodes(args):
     """Trajectories of the raw release, from its folder or straight from its zip.
 
     .../<YYYY-MM-DD_HH-MM-SS>/{config.json, raw/traj_group<k>/traj<i>/{obs_dict.pkl, policy_out.pkl, lang.txt,
-    images0/im_<t>.jpg, ...}}; the number of folders above the date differs. Trajectories without an annotation
+    images0/im_<t>.jpg, ...}}; the number of folders above the date differs. Trajectories without annotation
     get the empty instruction: their images teach the world model as well.
     UPSTREAM: the release sorts im_0, im_1, im_10, im_11, ..., drops the last image, writes black videos where
     images are missing, and reads only the subtree bridge_data_v2.
@@ -468,10 +462,9 @@ def tree_trajectories(root):
 
 def tree_files(folder):
     """Files of one trajectory -> {relative name: path}."""
-    names = os.listdir(folder)
-    for images in [name for name in names if re.fullmatch(r"images\d+", name)]:
-        names += [f"{images}/{file}" for file in os.listdir(os.path.join(folder, images))]
-    files = {name: os.path.join(folder, name) for name in names if BRIDGE_WANTED.fullmatch(name)}
+    paths = glob.glob(os.path.join(glob.escape(folder), "*")) + glob.glob(
+        os.path.join(glob.escape(folder), "images*", "*"))
+    files = {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
     config = os.path.normpath(os.path.join(folder, "../../../config.json"))
     return files | {"config.json": config} if os.path.isfile(config) else files
 
@@ -486,8 +479,8 @@ def zip_trajectories(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a whole zip ({error}): was it downloaded to the end? fetch it again, or "
-                         "give the folder it unpacks to") from None
+        raise InputError(f"{path} is not a whole zip ({error}): was it downloaded to the end? fetch it "
+                         "again, or give the folder it unpacks to") from None
     for info in members:
         match = IN_TRAJECTORY.fullmatch(info.filename)
         member = (path, info.header_offset, info.compress_size, info.compress_type, info.CRC)
@@ -505,8 +498,8 @@ def zip_trajectories(path):
 
 
 def read_bytes(place):
-    """Content of a file, or of a zip's member (path, offset, size, method, checksum): without a directory, which
-    takes seconds and gigabytes to read in every process. Reject a damaged member."""
+    """Content of a file, or of a zip's member (path, offset, size, method, checksum). zipfile would read the
+    directory in every process, which takes minutes and gigabytes. Reject a damaged member."""
     if isinstance(place, str):
         with open(place, "rb") as f:
             return f.read()
@@ -562,8 +555,10 @@ def bridge_episode(name, files, args):
     if len(state) != T:
         raise Reject("state count", f"{len(state)} rows of full_state, {T} images")
     check_length(T, args)
-    images = {camera: to_jpegs((decode_image(read_bytes(files[file]), args.image_size) for file in names), args)
-              for camera, names in frames.items()}
+    images = {}
+    for camera, names in frames.items():
+        pictures = (decode_image(read_bytes(files[name]), args.image_size) for name in names)
+        images[camera] = to_jpegs(pictures, args)
     return {"images": images, "instructions": bridge_annotations(files), "fps": BRIDGE_HZ, "actions": actions,
             "proprio": state}
 
@@ -571,12 +566,14 @@ def bridge_episode(name, files, args):
 def bridge_frames(camera, files):
     """Names of a camera's images im_0.jpg, im_1.jpg, ..., in numeric order. Reject when one is missing.
 
-    "front" is images0, over the shoulder; "images2" is a folder; any other word (wrist, blue, yellow, D435) is
-    searched in config.json, whose camera_topics are in the order of the folders.
+    "front" is images0, over the shoulder; images2 is a folder; any other word (wrist, blue, D435) is looked up in
+    config.json, whose camera_topics are in the order of the folders.
     """
     folder = "images0" if camera == VIDEO_CAMERA else camera
     if not re.fullmatch(r"images\d+", folder):
-        topics = camera_topics(json.loads(read_bytes(files["config.json"]))) if "config.json" in files else []
+        topics = []
+        json.loads(read_bytes(files["config.json"]) if "config.json" in files else "{}",
+                   object_hook=lambda group: topics.extend(group.get("camera_topics") or ()) or group)
         index = next((i for i, topic in enumerate(topics) if camera.lower() in str(topic).lower()), None)
         if index is None:
             raise Reject("no such camera", f"{camera}: config.json has {topics or 'no camera_topics'}"[:200])
@@ -589,14 +586,6 @@ def bridge_frames(camera, files):
     if gap is not None:
         raise Reject("missing frames", f"{folder}/im_{gap}.jpg of {max(numbered) + 1}")
     return [numbered[t] for t in range(len(numbered))]
-
-
-def camera_topics(config):
-    """The first list called camera_topics anywhere in config.json, or []."""
-    values = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
-    if isinstance(config, dict) and isinstance(config.get("camera_topics"), list):
-        return config["camera_topics"]
-    return next((topics for value in values if (topics := camera_topics(value))), [])
 
 
 def bridge_annotations(files):
@@ -615,8 +604,8 @@ def bridge_annotations(files):
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy's arrays and numbers. A pickle is a program: whatever else it names would be
-    run. numpy's own constructors are replaced too, since ndarray(..., buffer=...) can write anywhere in memory."""
+    """Reads plain containers and numpy's arrays and numbers. A pickle is a program: whatever else it names
+    would run. numpy's own constructors are replaced: ndarray(..., buffer=...) can write anywhere in memory."""
 
     def find_class(self, module, name):
         admitted = {}
@@ -670,8 +659,7 @@ def libero_episodes(args):
     Files that hold only states and actions are drawn by the simulator, --render.
     Two annotations: the one in the file (the BDDL's), then the task's name, which differs in some suites.
     """
-    unknown = set(args.cameras) - set(LIBERO_CAMERAS)
-    if unknown:
+    if not set(args.cameras) <= set(LIBERO_CAMERAS):
         raise InputError(f"--cameras {','.join(args.cameras)}: expected some of {', '.join(LIBERO_CAMERAS)}")
     if args.render:
         import_libero(args.libero_assets)            # a missing simulator ends the run now, not after an hour
@@ -687,22 +675,20 @@ def libero_episodes(args):
                 bare = not any(f"data/{key}/obs/{image}" in f for key in keys
                                for image in LIBERO_CAMERAS["agentview"])
                 instructions = libero_instructions(f["data"].attrs, path) if keys else []
-                successes = ([bool(np.any(f["data"][key]["success"][:])) for key in keys]
-                             if all(f"data/{key}/success" in f for key in keys) else [True] * len(keys))
+                successes = [f"data/{key}/success" not in f or bool(np.any(f["data"][key]["success"][:]))
+                             for key in keys]
         except Exception as error:
-            print(f"{path} cannot be read: it is left out; fetch it again")
-            yield name, functools.partial(refuse, "damaged file", one_line(error))
+            yield name, functools.partial(Reject, "damaged file", f"{one_line(error)}: fetch it again")
             continue
         if not keys:
-            print(f"{path} has not LIBERO's layout: it is left out")
-            yield name, functools.partial(refuse, "not LIBERO's layout", "no /data/demo_*")
+            yield name, functools.partial(Reject, "not LIBERO's layout", "no /data/demo_*")
             continue
         if bare and not args.render:
-            raise InputError(f"{path} holds states but no images: --render draws them with the simulator, or fetch "
-                             "the files with images")
+            raise InputError(f"{path} holds states but no images: --render draws them with the simulator, or "
+                             "fetch the files with images")
         if not any(successes):
-            print(f"{name}: none of the {len(keys)} demonstrations succeeds (wrong initial states?): all are KEPT, "
-                  "look at them before you train on this task")
+            print(f"{name}: none of the {len(keys)} demonstrations succeeds (wrong initial states?): all are "
+                  "KEPT, look at them before you train on this task")
         elif not all(successes) and not args.keep_failures:
             print(f"{name}: {len(keys) - sum(successes)} of {len(keys)} demonstrations left out, they do not "
                   "succeed (--keep-failures keeps them)")
@@ -801,20 +787,21 @@ def import_libero(assets=None):
     the package, else what libero fetches itself. InputError when there are none, or versions do not fit.
 
     On a plain import it asks a question on stdin, writes into the home folder, and robosuite opens
-    /tmp/robosuite.log, which may belong to another user. To avoid this, its settings go to a temporary folder.
+    /tmp/robosuite.log, which may belong to another user. Settings in a temporary folder prevent all that.
     """
     if os.environ.get("MUJOCO_GL") == "disable":
         raise InputError("no OpenGL to render images with: apt-get install libegl1 libgl1 libosmesa6")
     spec = importlib.util.find_spec("libero")
     if spec is None:
         raise InputError("the simulator is not installed: pip install -r requirements.txt")
-    for name, fits, wanted, why in (
-            ("mujoco", lambda v: v < (3, 3, 3), "mujoco<3.3.3", "from 3.3.3 the floors are darker, from 3.4.0 "
-             "libero_spatial task 5 falls from 98 % to 12 %, 4.0 does not load the robots"),
-            ("robosuite", lambda v: v[:2] == (1, 4), "robosuite==1.4.0", "1.5 has other robots and controllers")):
-        found = metadata.version(name)
-        if not fits(tuple(map(int, re.findall(r"\d+", found)[:3]))):
-            raise InputError(f'{name} {found} is installed, LIBERO needs {wanted} ({why}): pip install "{wanted}"')
+    mujoco, robosuite = map(metadata.version, ("mujoco", "robosuite"))
+    if tuple(map(int, mujoco.split(".")[:3])) >= (3, 3, 3):
+        raise InputError(f"mujoco {mujoco} is installed: from 3.3.3 on LIBERO's floors are darker, from "
+                         "3.4.0 libero_spatial task 5 falls from 98 % to 12 %, 4.0 does not load the robots: "
+                         'pip install "mujoco<3.3.3"')
+    if not robosuite.startswith("1.4."):
+        raise InputError(f"robosuite {robosuite} is installed, with other robots and controllers than "
+                         "LIBERO's: pip install robosuite==1.4.0")
     package = spec.submodule_search_locations[0]
     if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
         root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
@@ -861,8 +848,8 @@ def libero_simulator(bddl, assets, seed=0):
         from libero.libero.envs import OffScreenRenderEnv    # MUJOCO_EGL_DEVICE_ID is one
         env = OffScreenRenderEnv(bddl_file_name=bddl, use_camera_obs=False)    # libero_observation draws
         reset_simulator(env, seed)
-        atexit.unregister(close_simulator)           # OpenGL has registered its end by now; what is registered
-        atexit.register(close_simulator)             # later runs before it
+        atexit.unregister(close_simulator)           # OpenGL has registered its end by now: what is
+        atexit.register(close_simulator)             # registered later runs before it
         _simulator[bddl] = env
     return _simulator[bddl]
 
@@ -973,7 +960,7 @@ def lerobot_episodes(args):
         try:                                                             # a stale table may repeat some
             rows |= {int(row["episode_index"]): row
                      for row in pyarrow.parquet.read_table(path, columns=columns).to_pylist()}
-        except (OSError, ValueError, TypeError, KeyError) as error:      # pyarrow's own errors are among these
+        except (OSError, ValueError, TypeError, KeyError) as error:      # pyarrow's own are among these
             raise InputError(f"{path} is not as expected ({one_line(error)}): fetch it again") from None
     if len(rows) != info.get("total_episodes", len(rows)):
         print(f"meta/episodes has {len(rows)} episodes, info.json says {info['total_episodes']}")
@@ -990,25 +977,26 @@ def lerobot_info(folder):
     info = read_json(path)
     try:
         odd = [key for key in ("codebase_version", "features", "data_path", "fps") if not info.get(key)]
-        odd += [key for key, feature in info["features"].items() if not feature["dtype"] or not feature["shape"]]
+        odd += [key for key, feature in info["features"].items()
+                if not feature["dtype"] or not feature["shape"]]
         if odd or not 0 < float(info["fps"]) < 1000:
             raise ValueError(f"{' '.join(odd) or 'fps'} {info.get((odd or ['fps'])[0])}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not as expected ({one_line(error)}): fetch it again") from None
     if not str(info["codebase_version"]).startswith("v3"):
-        raise InputError(f"{folder} is a LeRobotDataset {info['codebase_version']}, expected v3: convert it with "
-                         "LeRobot's own convert_dataset_v21_to_v30.py")
+        raise InputError(f"{folder} is a LeRobotDataset {info['codebase_version']}, expected v3: convert it "
+                         "with LeRobot's own convert_dataset_v21_to_v30.py")
     return info
 
 
 def lerobot_cameras(info, args):
     """{our name: feature} of the chosen cameras, in order; by default all but depth cameras. InputError."""
-    def is_depth(feature):
+    known = {}
+    for key, feature in info["features"].items():
         about = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-        return about.get("is_depth_map") or about.get("video.is_depth_map")
-    known = {key.removeprefix("observation.images.").removeprefix("observation."): key
-             for key, feature in info["features"].items()
-             if feature["dtype"] in ("video", "image") and not is_depth(feature)}
+        if feature["dtype"] in ("video", "image") and not (about.get("is_depth_map")
+                                                           or about.get("video.is_depth_map")):
+            known[key.removeprefix("observation.images.").removeprefix("observation.")] = key
     for camera in args.cameras or []:
         if camera not in known:
             raise InputError(f"{args.input} has no camera {camera!r}, but {', '.join(known)}")
@@ -1063,7 +1051,7 @@ def lerobot_episode(row, keys, info, args):
     if task:
         changes = np.flatnonzero(np.diff(table["task_index"].to_numpy()[order]))
         if len(changes):                             # the format does not say which frames a text is about
-            raise Reject("several tasks", f"task_index changes at frame {changes[0] + 1}: split the episode there")
+            raise Reject("several tasks", f"task_index changes at frame {changes[0] + 1}: split it there")
     episode = {ours: np.array(table[key].to_pylist(), np.float32).reshape(T, -1)[order]
                for ours, key in vectors.items()}
     if "actions" in episode:
@@ -1105,23 +1093,25 @@ def realman_episodes(args):
     cameras = realman_takes(args)["cameras"]
     for name in find_files(args.input, ".h5"):
         if drawn(name, args):
-            yield name.removesuffix(".h5"), functools.partial(realman_take, os.path.join(args.input, name), cameras,
-                                                              args)
+            path = os.path.join(args.input, name)
+            yield name.removesuffix(".h5"), functools.partial(realman_take, path, cameras, args)
 
 
 def realman_take(path, cameras, args):
     """Job: one take -> episode."""
     with h5py.File(path, "r") as f:
-        check_length(len(f["proprio"]), args)
-        images = {camera: to_jpegs((decode_image(jpeg.tobytes(), args.image_size) for jpeg in f[f"images/{camera}"]),
-                                   args) for camera in cameras}
+        images = {}
+        for camera in cameras:
+            frames = (decode_image(jpeg.tobytes(), args.image_size) for jpeg in f[f"images/{camera}"])
+            images[camera] = to_jpegs(frames, args)
+        check_length(len(images[cameras[0]]), args)
         return {"images": images, "instructions": [f.attrs["instruction"]], "fps": f.attrs["fps"],
                 "actions": f["actions"][:], "proprio": f["proprio"][:]}
 
 
 # ---- source: the table-top twin ----------------------------------------------------------------------------
 
-TRIES = 5                 # starts that one demonstration may take: the expert fails now and then, as people do
+TRIES = 5                 # starts that one demonstration may take: the expert fails now and then
 SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 20, "hand_videos_per_task": 12}
 HAND_SEED0 = 500_000      # starts of the robot are seeds below it, of the hand from it to robot.EVAL_SEED0
 HAND_SIZE = (120, 212)    # (H, W) of the hand videos: Something-Something's shape at half its size
@@ -1154,28 +1144,19 @@ def film_robot(task, seeds, args):
 
 
 def film_hand(task, seeds, args, path):
-    """Job: one performance by the hand, written as VP9 and moved into place once it reads back whole.
+    """Job: one performance by the hand, written as VP9; the file appears when it is complete.
 
-    OpenCV reports no full disk, so the frames are counted. The container holds a random number: its bytes
-    differ from run to run, its decoded frames do not.
+    The container holds a random number: its bytes differ from run to run, its decoded frames do not.
     """
     observations, _ = perform(twin("hand", HAND_SIZE, (VIDEO_CAMERA,), args.spread), task, seeds)
-    frames = [o["images"][VIDEO_CAMERA] for o in observations[::CONTROL_HZ // HAND_FPS]]
-    unfinished, stderr = path[:-len(".webm")] + ".tmp.webm", os.dup(2)
-    with open(os.devnull, "wb") as null:                  # OpenCV prints a needless line for every .webm
-        os.dup2(null.fileno(), 2)
-    codec = cv2.VideoWriter_fourcc(*"VP90")
-    writer = cv2.VideoWriter(unfinished, cv2.CAP_FFMPEG, codec, HAND_FPS, HAND_SIZE[::-1])
-    os.dup2(stderr, 2)
-    os.close(stderr)
-    for frame in frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-    capture, written = cv2.VideoCapture(unfinished, cv2.CAP_FFMPEG), 0
-    while capture.grab():
-        written += 1
-    if written != len(frames):
-        raise OSError(errno.ENOSPC, f"only {written} of {len(frames)} frames were written", unfinished)
+    unfinished = path[:-len(".webm")] + ".tmp.webm"
+    with av.open(unfinished, "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=HAND_FPS, width=HAND_SIZE[1], height=HAND_SIZE[0],
+                                      pix_fmt="yuv420p", bit_rate=2_000_000, options={"threads": "1"})
+        for observation in observations[::CONTROL_HZ // HAND_FPS]:
+            frame = av.VideoFrame.from_ndarray(observation["images"][VIDEO_CAMERA], format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
     os.replace(unfinished, path)
 
 
@@ -1277,48 +1258,46 @@ LIBERO = {"flip": "upright (the raw files' images are upside down)",
           "proprio": vector("x y z rx ry rz finger1 finger2", "m m m rad rad rad m m",
                             "world; rotation vector of the hand, angle 0 to 2 pi",
                             "finger joints: 0.04 and -0.04 = open")}
-STRIDE = {"--stride": dict(type=int, default=1, help="keep one frame of so many; --strides in training does the "
-                           "same, so use this only if there are too many frames to store")}
 SOURCES = {
     "sim": Source(sim_episodes, TWIN, "film the twin", {
         "--demos-per-task": dict(type=int, default=60, help="successful demonstrations; 0 = none"),
         "--hand-videos-per-task": dict(type=int, default=80, help="videos of the hand; 0 = none"),
-        # Two of the paper's five tasks move two things; they work, but need more demonstrations than a first try.
+        # Two of the paper's five tasks move two things; they work, but need more demonstrations.
         "--tasks": dict(type=words, default="cup_in_bowl,pineapple_between_cups,stack_cups",
                         help="comma-separated; all five: also cups_on_plate,pineapple_and_roll"),
         "--spread": dict(type=float, default=0.5, help="start regions: 1 = full size, 0 = points"),
         "--seed": dict(type=int, default=0, help="number of the first start"),
         "--smoke": dict(action="store_true", help=f"tiny preset {SMOKE}; other flags still win")}, shard=8),
     "ssv2": Source(ssv2_episodes, VIDEO, "Something-Something v2", {
-        "--splits": dict(type=words, default="train,validation", help="comma-separated; not test"), **STRIDE},
+        "--splits": dict(type=words, default="train,validation", help="comma-separated; not test")},
         shard=128),
-    "bridge": Source(bridge_episodes, lambda args: {**BRIDGE, "cameras": args.cameras}, "BridgeData V2, raw", {
-        "--cameras": dict(type=words, default="front", help="comma-separated, the main one first: front (over the "
-                          "shoulder, images0), images1, ..., or by config.json: wrist, blue, ...; trajectories "
-                          "without one of them are rejected")}, shard=128),
-    "libero": Source(libero_episodes, lambda args: {**LIBERO, "cameras": args.cameras}, "LIBERO's HDF5 files", {
+    "bridge": Source(bridge_episodes, lambda args: {**BRIDGE, "cameras": args.cameras}, "BridgeData V2", {
+        "--cameras": dict(type=words, default="front", help="comma-separated, the main one first: front "
+                          "(over the shoulder, images0), images1, ..., or by config.json: wrist, blue, ...; "
+                          "trajectories without one of them are rejected")}, shard=128),
+    "libero": Source(libero_episodes, lambda args: {**LIBERO, "cameras": args.cameras}, "LIBERO's HDF5", {
         "--cameras": dict(type=words, default="agentview,wrist", help="comma-separated"),
-        "--render": dict(action="store_true", help="draw the images from the states with the simulator: for files "
-                         "without images, or for another --image-size"),
-        "--drop-noops": dict(action="store_true", help="leave out steps in which nothing is commanded, as openvla's "
-                             "data; the paper and the release keep them"),
-        "--keep-failures": dict(action="store_true", help="keep demonstrations that do not succeed (known for "
-                                "processed files and with --render)"),
-        "--libero-assets": dict(metavar="FOLDER", help="meshes and textures for --render, instead of $LIBERO_ASSETS "
-                                "or the package's own")}),
+        "--render": dict(action="store_true", help="draw the images from the states with the simulator: for "
+                         "files without images, or for another --image-size"),
+        "--drop-noops": dict(action="store_true", help="leave out steps in which nothing is commanded, as in "
+                             "openvla's data; the paper and the release keep them"),
+        "--keep-failures": dict(action="store_true", help="keep demonstrations that do not succeed (known "
+                                "for processed files and with --render)"),
+        "--libero-assets": dict(metavar="FOLDER", help="meshes and textures for --render, instead of "
+                                "$LIBERO_ASSETS or the package's own")}),
     "lerobot": Source(lerobot_episodes, lerobot_about, "a LeRobotDataset v3", {
-        "--cameras": dict(type=words, help="comma-separated, the main one first; not given: all, in the dataset's "
-                          "order"),
-        "--action-kind": dict(choices=("delta", "absolute"), default="delta", help="delta: all but the last number "
-                              "are changes per step (LIBERO, Bridge); absolute: targets"),
-        "--flip": dict(choices=FLIPS, default="none", help="turn stored images upright; LIBERO data turned by 180 "
-                       "degrees (openvla's way) is mirrored: horizontal")}),
+        "--cameras": dict(type=words, help="comma-separated, the main one first; if not given: all, in the "
+                          "dataset's order"),
+        "--action-kind": dict(choices=("delta", "absolute"), default="delta", help="delta: all but the last "
+                              "number are changes per step (LIBERO, Bridge); absolute: targets"),
+        "--flip": dict(choices=FLIPS, default="none", help="turn stored images upright; LIBERO data turned "
+                       "by 180 degrees (openvla's way) is mirrored: horizontal")}),
     "realman": Source(realman_episodes, lambda args: {key: realman_takes(args)[key] for key in (
-        "cameras", "action", "proprio")}, "takes of `robot.py record`"),
+        "cameras", "action", "proprio")}, "takes of robot.py record"),
     "videos": Source(videos_episodes, VIDEO, "a folder of videos", {
-        "--captions": dict(type=os.path.abspath, help="CSV with the columns file,instruction and, to cut clips out "
-                           "of long files, start,end (seconds)"),
-        "--instruction": dict(default="", help="one for all videos, without --captions"), **STRIDE}, shard=128),
+        "--captions": dict(type=os.path.abspath, help="CSV with the columns file,instruction and, to cut "
+                           "clips out of long files, start,end (seconds)"),
+        "--instruction": dict(default="", help="one for all videos, without --captions")}, shard=128),
 }
 
 
@@ -1381,19 +1360,17 @@ def run_jobs(jobs, workers):
 
 
 def convert(args):
-    """Write one dataset from one source. -> share of rejected items. InputError, OSError."""
-    source = SOURCES[args.source]
+    """Write one dataset from one source; --check only reads it. -> share of rejects. InputError, OSError."""
+    source, check = SOURCES[args.source], getattr(args, "check", False)
     items = [(name.encode("utf-8", "backslashreplace").decode(), job) for name, job in source.episodes(args)]
     if not items:
         raise InputError(f"{args.source}: nothing to convert with these arguments (is --fraction too small?)")
     about = source.about(args) if callable(source.about) else source.about
-    if getattr(args, "check", False):
-        return check_items(args, items, about)
     names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
     arguments = {**vars(args), "format_version": FORMAT_VERSION, "items": names}
     for key in ("out", "workers", "resume", "overwrite", "check", "libero_assets"):
         arguments.pop(key, None)                                 # these may differ when a run is continued
-    if claim_output(args.out, arguments, "dataset.json", args):
+    if not check and claim_output(args.out, arguments, "dataset.json", args):
         return 0.0
     stated = {key: arguments.pop(key) for key in ("format_version", "source", "image_size", "resize")}
     extra = {key: value for key, value in arguments.items() if key not in ("input", "captions", "items")}
@@ -1402,35 +1379,27 @@ def convert(args):
     size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))
     shards = {os.path.join(args.out, f"{i // size:05d}.h5"): items[i:i + size]
               for i in range(0, len(items), size)}
-    todo = {path: part for path, part in shards.items() if not os.path.exists(path)}
-    jobs = [job for part in todo.values() for _, job in part]
-    results = iter(tqdm(run_jobs(jobs, args.workers), args.out, len(items), initial=len(items) - len(jobs),
-                        unit="episode"))
+    todo = {path: part for path, part in shards.items() if check or not os.path.exists(path)}
+    jobs, reasons = [job for part in todo.values() for _, job in part], []
+    done = len(items) - len(jobs)
+    results = iter(tqdm(run_jobs(jobs, args.workers), args.out, len(items), initial=done, unit="episode"))
     for path, part in todo.items():
         episodes, rejects = [], []
         for name, _ in part:
             result = check_episode(next(results), about)
-            if isinstance(result, Reject):
-                reason, detail = (*result.args, "")[:2]
-                rejects.append({"name": name, "reason": reason, "detail": detail})
-            else:
-                episodes.append({"name": name, **result})
-        write_shard(path, about, episodes, rejects)
+            if not isinstance(result, Reject):
+                episodes.append({"name": name, **result} if not check else name)
+                continue
+            reason, detail = (*result.args, "")[:2]
+            rejects.append({"name": name, "reason": reason, "detail": detail})
+            if check:
+                tqdm.write(f"{name}: {reason} ({detail})")
+        if not check:
+            write_shard(path, about, episodes, rejects)
+        reasons += [reject["reason"] for reject in rejects]
+    if check:
+        return report(args.input, f"{len(items) - len(reasons)} good episodes", len(items), reasons)
     return finish(args.out, about, list(shards), len(items))
-
-
-def check_items(args, items, about):
-    """--check: read every item as the conversion would and write nothing. -> share of rejected items."""
-    reasons, frames = [], 0
-    results = tqdm(run_jobs([job for _, job in items], args.workers), args.input, len(items), unit="episode")
-    for (name, _), result in zip(items, results):
-        result = check_episode(result, about)
-        if isinstance(result, Reject):
-            reasons.append(result.args[0])
-            tqdm.write(f"{name}: " + ": ".join(map(str, result.args)))
-        else:
-            frames += len(result["images"][about["cameras"][0]])
-    return report(args.input, f"{len(items) - len(reasons)} good episodes, {frames} frames", len(items), reasons)
 
 
 def check_episode(episode, about):
@@ -1506,8 +1475,8 @@ def finish(folder, about, paths, num_items):
                      "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
     if not fps:
         first = rejects[0]
-        raise InputError(f"{folder}: none of the {num_items} items can be used ({first['name']}: {first['reason']} "
-                         f"{first['detail']}, ...), see rejects.jsonl there; then --overwrite")
+        raise InputError(f"{folder}: none of the {num_items} items can be used ({first['name']}: "
+                         f"{first['reason']} {first['detail']}, ...), see its rejects.jsonl; then --overwrite")
     statistics = {}
     for key in (key for key in numbers if numbers[key]):
         rows = np.concatenate(numbers[key]).astype(np.float64)   # (N, D)
@@ -1533,7 +1502,7 @@ def report(folder, what, num_items, reasons):
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 def read_manifest(path):
-    """dataset.json -> attributes, shards, fingerprint (which pins every shard). InputError."""
+    """dataset.json -> attributes, shards, fingerprint (a hash that pins every shard). InputError."""
     manifest = os.path.join(path, "dataset.json")
     if not os.path.exists(manifest):
         if os.path.exists(os.path.join(path, "arguments.json")):
@@ -1542,16 +1511,15 @@ def read_manifest(path):
         raise InputError(f"{path} is not a dataset (no dataset.json): python prepare_data.py sim makes "
                          "data/robot and data/hand")
     attrs = read_json(manifest)
-    if not isinstance(attrs, dict) or "shards" not in attrs:
-        raise InputError(f"{manifest} is not one of ours: copy or make the dataset again")
-    if attrs.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {attrs.get('format_version')}, expected "
-                         f"{FORMAT_VERSION}: make it again")
+    version = attrs.get("format_version") if isinstance(attrs, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, expected {FORMAT_VERSION}: make it again "
+                         "with prepare_data.py")
     return attrs, attrs.pop("shards"), file_hash(manifest)
 
 
 def open_shard(path, mend="copy or make the dataset again"):
-    """-> open h5py.File. InputError when it is none."""
+    """-> open h5py.File. InputError when the file cannot be read."""
     try:
         return h5py.File(path, "r")
     except OSError as e:
@@ -1566,28 +1534,26 @@ class EpisodeDataset(torch.utils.data.Dataset):
     cameras         names, or a number: the first so many; None = all
     future          V: also return o_t .. o_t+n of the first V cameras, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
-                    instruction every tenth is val. So every task has its share, and so has data in which no
-                    instruction comes twice
+                    instruction every tenth is val. Each task gets its share
     demos_per_task  keep the first N episodes of the split for each instruction
     stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of their
                     changes (rotation vectors add up to first order) and the last of the other numbers
     labels          which of "actions" and "proprio" are returned, if stored
 
     Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": str, "proprio": (P,) f4 if stored},
-           "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool, "episode": int, "t": int, "instruction_id": int}.
-    InputError for what the data cannot give.
+           "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
+           "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
 
-    Everything in a shard lies contiguous, so a window is read with plain seeks at places noted once: no HDF5
+    Everything in a shard is contiguous, so a window is read with plain seeks to places noted once: no HDF5
     call, no open handle per shard. Memory: 16 bytes per frame and camera.
     """
     MAX_OPEN = 128       # open shards per process: systems allow 1024 files, Something-Something makes 1726
 
-    def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None,
-                 stride=1, labels=("actions", "proprio")):
+    def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, stride=1,
+                 labels=("actions", "proprio")):
         self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
-        self.stats, self.fps, self.image_size = (
-            self.attrs[key] for key in ("statistics", "fps", "image_size"))
+        self.stats, self.fps, self.image_size = (self.attrs[k] for k in ("statistics", "fps", "image_size"))
         self.labels = [key for key in labels if key in self.stats]
         self.action_dim, self.proprio_dim = (
             len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
@@ -1596,26 +1562,25 @@ class EpisodeDataset(torch.utils.data.Dataset):
         for camera in self.cameras:
             if camera not in known:
                 raise InputError(f"{path} has no camera {camera!r}, but {', '.join(known)}")
+        if future > len(self.cameras):
+            raise InputError(f"{path} has {len(self.cameras)} of the {future} cameras asked for")
         if stride < 1:
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._read_index([shard["file"] for shard in shards])
-        if future > len(self.cameras):
-            raise InputError(f"{path} has {len(self.cameras)} of the {future} cameras asked for")
         self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
             raise InputError(f"a chunk of {chunk} actions does not fit: the longest episode of {path} "
-                             f"({split}) has {longest}"
-                             + f" at stride {stride}, lower --strides or" * (stride > 1)
-                             + f", take 1 to {max(1, longest)}")
+                             f"({split}) has {longest}" + f" at stride {stride}, lower --strides or"
+                             * (stride > 1) + f", take 1 to {max(1, longest)}")
         self._ends = np.cumsum(np.maximum(self.lengths[self.episodes] - stride, 0))    # end of its windows
         self._files, self._pid = collections.OrderedDict(), None
 
     def _read_index(self, names):
-        """Where everything lies, and the instruction of each episode: what is kept in memory."""
+        """Places of all data, and the instruction of each episode: this is what is kept in memory."""
         self._paths = [os.path.join(self.path, name) for name in names]
-        rows, texts, self._where = [], [], []                    # (shard, first frame, frames)
+        rows, texts, self._where = [], [], []                    # rows: (shard, first frame, frames)
         for k, path in enumerate(self._paths):
             if not os.path.exists(path):
                 raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
@@ -1653,7 +1618,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return np.sort(np.concatenate([mine[:demos_per_task] for mine in per_task]))
 
     def _read(self, shard, place, count):
-        """`count` bytes of a shard. Files open on first use in each process; of MAX_OPEN the oldest goes."""
+        """`count` bytes of a shard. Files open on first use in each process, at most MAX_OPEN."""
         if self._pid != os.getpid():                             # a fork must not seek in its parent's files
             self._files, self._pid = collections.OrderedDict(), os.getpid()
         if shard not in self._files:
@@ -1685,7 +1650,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             count = self.lengths[episode] - (key == "actions")           # not the hold action
             table = self._rows(shard, key, start, count)
             if key == "actions" and self.stride > 1:
-                if count < self.stride:
+                if len(table) < self.stride:
                     continue                                             # it has no window
                 table = self._merge(np.lib.stride_tricks.sliding_window_view(
                     table, self.stride, axis=0).swapaxes(1, 2))
@@ -1730,10 +1695,11 @@ class EpisodeDataset(torch.utils.data.Dataset):
         last = int(self.lengths[episode]) - 1
         count = dict.fromkeys(self.cameras[:self.future], n + 1)
         images = {c: self.read_frames(episode, c, t, count.get(c, 1), s) for c in self.cameras}
+        text = int(self.instruction_ids[episode])
         item = {"obs": {"images": {c: frames[0] for c, frames in images.items()},
-                        "instruction": self.instructions[self.instruction_ids[episode]]},
+                        "instruction": self.instructions[text]},
                 "is_pad": t + s * torch.arange(1, n + 1) > last,         # (n,): step k ends at o_t+(k+1)s
-                "episode": episode, "t": t, "instruction_id": int(self.instruction_ids[episode])}
+                "episode": episode, "t": t, "instruction_id": text}
         if self.future:
             item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
         if "proprio" in self.labels:
@@ -1752,7 +1718,7 @@ def even_strides(paths):
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Windows of several datasets as one: what the training scripts draw from, also where it is only one.
+    """Windows of several datasets as one: what the training scripts draw from, even from a single dataset.
 
     paths    folders made by prepare_data.py, of one image size
     weights  share of the drawn windows that comes from each, to any scale; None: every window is as likely
@@ -1773,18 +1739,17 @@ class Mixture(torch.utils.data.Dataset):
         self.parts = [EpisodeDataset(path, chunk, stride=stride, **rest)
                       for path, stride in zip(paths, strides)]
         first = self.parts[0]
+        stored = [{"actions": "action"}.get(label, label) for label in first.labels]
         for part in self.parts[1:]:
-            for key in ("image_size", "action_dim", "proprio_dim"):
-                if getattr(part, key) != getattr(first, key):
-                    raise InputError(f"{part.path} has {key} {getattr(part, key)}, {first.path} has "
-                                     f"{getattr(first, key)}: mix what agrees, or prepare one of them again")
-            if len(part.cameras) != len(first.cameras):
-                raise InputError(f"{part.path} has {len(part.cameras)} cameras, {first.path} has "
-                                 f"{len(first.cameras)}: mix what agrees")
-            for key in [{"actions": "action"}.get(label, label) for label in first.labels]:
-                if part.attrs[key] != first.attrs[key]:
-                    raise InputError(f"the {key} of {part.path} is not that of {first.path}: names, units, "
-                                     "frames or gripper signs differ, see their dataset.json")
+            for what, mine, its in [
+                    *((key, getattr(part, key), getattr(first, key))
+                      for key in ("image_size", "action_dim", "proprio_dim")),
+                    ("number of cameras", len(part.cameras), len(first.cameras)),
+                    *((f"names, units, frame or gripper of its {key}", part.attrs[key], first.attrs[key])
+                      for key in stored)]:
+                if mine != its:
+                    raise InputError(f"{part.path} and {first.path} differ in {what} ({str(mine)[:60]}, "
+                                     f"{str(its)[:60]}): mix what agrees, or prepare one of them again")
         self.weights = None if weights is None else np.array(weights) / sum(weights)
         self._starts = np.cumsum([0] + [len(part) for part in self.parts])
         self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
@@ -1792,8 +1757,7 @@ class Mixture(torch.utils.data.Dataset):
         self.image_size, self.action_dim, self.proprio_dim = (
             first.image_size, first.action_dim, first.proprio_dim)
         self.instructions = list(dict.fromkeys(text for part in self.parts for text in part.instructions))
-        ids = {text: i for i, text in enumerate(self.instructions)}
-        self._instruction_ids = [[ids[text] for text in part.instructions] for part in self.parts]
+        self._ids = {text: i for i, text in enumerate(self.instructions)}
         self.fingerprint = "+".join(part.fingerprint for part in self.parts)
         self.attrs = {**first.attrs, "instructions": self.instructions, "mixture": [
             {"path": part.path, "fingerprint": part.fingerprint, "stride": part.stride, "weight": share,
@@ -1815,8 +1779,7 @@ class Mixture(torch.utils.data.Dataset):
         if self.weights is None:
             return rng.integers(len(self), size=count).tolist()
         part = rng.choice(len(self.parts), size=count, p=self.weights)
-        low, high = self._starts[part], self._starts[part + 1]
-        return rng.integers(low, high).tolist()
+        return rng.integers(self._starts[part], self._starts[part + 1]).tolist()
 
     def limits(self, key):
         """As EpisodeDataset.limits, over all datasets."""
@@ -1835,7 +1798,7 @@ class Mixture(torch.utils.data.Dataset):
         item = self.parts[k][int(index - self._starts[k])]
         item["obs"]["images"] = dict(zip(self.cameras, item["obs"]["images"].values()))
         return {**item, "episode": item["episode"] + int(self._first_episode[k]),
-                "instruction_id": self._instruction_ids[k][item["instruction_id"]]}
+                "instruction_id": self._ids[item["obs"]["instruction"]]}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
@@ -1869,17 +1832,17 @@ def verify(folder):
     for shard in tqdm(shards, f"{folder}, check", unit="shard"):
         path = os.path.join(folder, shard["file"])
         if not os.path.exists(path) or file_hash(path) != shard["sha256"]:
-            raise InputError(f"{path} is missing or not the file that was written: copy or make the dataset again")
+            raise InputError(f"{path} is missing or not the file that was written: copy or make it again")
     data = EpisodeDataset(folder, chunk=1)
     for episode in tqdm(data.episodes, f"{folder}, frames", unit="episode"):
         for camera in data.cameras:
             data.read_frames(episode, camera, 0, int(data.lengths[episode]))
-    print(f"{folder}: {len(shards)} shards, {attrs['counts']['frames']} frames, {len(data.cameras)} cameras: all good")
+    print(f"{folder}: all good: {len(shards)} shards, {attrs['counts']['frames']} frames")
 
 
 def contact_sheet(data, rows=10, columns=8, side=112):
     """(H, W, 3) uint8 BGR: episodes of different instructions, frames evenly spaced, all cameras."""
-    ids = np.unique(data.instruction_ids, return_index=True)[1]          # the first episode of each instruction
+    ids = np.unique(data.instruction_ids, return_index=True)[1]    # the first episode of each
     others = np.setdiff1d(np.arange(len(data.lengths)), ids)
     order = [*ids[np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int)], *others][:rows]
     strips = []
@@ -1912,14 +1875,14 @@ def build_parser(smoke=False):
         else:
             group = command.add_argument_group("input and frames")
             group.add_argument("--input", type=os.path.abspath, required=True, help="folder, or file")
-            group.add_argument("--fraction", type=float, default=1.0, help="random share of episodes; paper: 0.1 "
-                               "of Something-Something")
+            group.add_argument("--fraction", type=float, default=1.0, help="random share of the episodes; "
+                               "paper: 0.1 of Something-Something")
             group.add_argument("--seed", type=int, default=0, help="which share --fraction is")
-            group.add_argument("--min-frames", type=int, default=12, help="shorter ones are rejected (frames)")
+            group.add_argument("--min-frames", type=int, default=12, help="shorter ones are rejected")
             group.add_argument("--resize", choices=("squash", "crop"), default="squash",
                                help="squash changes the aspect ratio (as the release), crop cuts a square")
-            group.add_argument("--check", action="store_true", help="read everything as the conversion would, "
-                               "print what would be rejected and why, write nothing")
+            group.add_argument("--check", action="store_true", help="read all as the conversion would, print "
+                               "what would be rejected and why, write nothing")
         group = command.add_argument_group("output")
         group.add_argument("--out", default="data" if name == "sim" else f"data/{name}",
                            help="folder; sim makes robot, hand_videos and hand in it")
@@ -1938,7 +1901,7 @@ def build_parser(smoke=False):
 def main(argv=None):
     """Run one command. InputError when too much was rejected; the dataset is written all the same."""
     args = build_parser("--smoke" in (sys.argv[1:] if argv is None else argv)).parse_args(argv)
-    for name, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0), ("stride", 1), ("seed", 0),
+    for name, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0), ("seed", 0),
                       ("demos_per_task", 0), ("hand_videos_per_task", 0)):
         if name in args:
             at_least(args, low, name)
