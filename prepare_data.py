@@ -372,8 +372,9 @@ def videos_episodes(args):
     clips = {(name, None, None): [args.instruction] for name in files}
     if args.captions:
         clips = read_captions(args.captions, files, args.input)
-        print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos, {len(clips)} clips; "
-              f"other videos are left out; {sum('' in texts for texts in clips.values())} have no instruction")
+        empty = sum("" in texts for texts in clips.values())
+        print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos, {len(clips)} clips, "
+              f"{empty} have no instruction; other videos are left out")
     elif not args.instruction:
         print("no --captions and no --instruction: every video gets the empty instruction")
     for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
@@ -566,7 +567,7 @@ def bridge_episode(name, files, args):
 def bridge_frames(camera, files):
     """Names of a camera's images im_0.jpg, im_1.jpg, ..., in numeric order. Reject when one is missing.
 
-    "front" is images0, over the shoulder; images2 is a folder; any other word (wrist, blue, D435) is looked up in
+    "front" is images0, over the shoulder; images2 is a folder; any other word (wrist, D435) is looked up in
     config.json, whose camera_topics are in the order of the folders.
     """
     folder = "images0" if camera == VIDEO_CAMERA else camera
@@ -605,7 +606,7 @@ def bridge_annotations(files):
 
 class NumpyUnpickler(pickle.Unpickler):
     """Reads plain containers and numpy's arrays and numbers. A pickle is a program: whatever else it names
-    would run. numpy's own constructors are replaced: ndarray(..., buffer=...) can write anywhere in memory."""
+    would run. numpy's own constructors are replaced: ndarray(..., buffer=...) could write anywhere."""
 
     def find_class(self, module, name):
         admitted = {}
@@ -1476,7 +1477,7 @@ def finish(folder, about, paths, num_items):
     if not fps:
         first = rejects[0]
         raise InputError(f"{folder}: none of the {num_items} items can be used ({first['name']}: "
-                         f"{first['reason']} {first['detail']}, ...), see its rejects.jsonl; then --overwrite")
+                         f"{first['reason']} {first['detail']}, ...), see rejects.jsonl there")
     statistics = {}
     for key in (key for key in numbers if numbers[key]):
         rows = np.concatenate(numbers[key]).astype(np.float64)   # (N, D)

@@ -14,13 +14,17 @@ import pickle
 import shutil
 import sys
 import tempfile
+import unicodedata
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import h5py
 import numpy as np
 
+os.environ["SVT_LOG"] = "1"       # the AV1 encoder prints errors alone
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import prepare_data  # noqa: E402
 from models import InputError  # noqa: E402
@@ -45,21 +49,40 @@ def read_picture(frame):
     return number // 64, number % 64
 
 
-def write_video(path, pictures, fps=12.0, fourcc="VP80"):
+def write_video(path, pictures, fps=12, codec="libvpx", times=None, skip=0):
+    """Pictures (H, W, 3) BGR as a video. times: when each is shown, in frames; skip: so many are cut off the
+    start without encoding again (ffmpeg -ss ... -c copy does that), by an edit list of an mp4."""
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = pictures[0].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*fourcc), fps, (width, height))
-    for frame in pictures:
-        writer.write(frame)
-    writer.release()
+    speed = {"libvpx": {"deadline": "realtime", "cpu-used": "8"}, "libx264": {"g": "12", "bf": "0"},
+             "libsvtav1": {"preset": "12", "g": "4"}}
+    with av.open(str(path), "w", options={"avoid_negative_ts": "disabled"} if skip else {}) as container:
+        stream = container.add_stream(codec, rate=fps, width=width, height=height, pix_fmt="yuv420p",
+                                      options=speed.get(codec.removesuffix("-vp9"), {}))
+        stream.bit_rate = 4_000_000
+        for t, picture in enumerate([*pictures, None]):
+            frame = picture if picture is None else av.VideoFrame.from_ndarray(picture, format="bgr24")
+            if frame:
+                frame.time_base, frame.pts = Fraction(1, fps), t if times is None else times[t]
+            for packet in stream.encode(frame):
+                packet.pts, packet.dts = packet.pts - skip, packet.dts - skip
+                container.mux(packet)
 
 
 def clip(path, episode, frames=24, **more):
-    """A counting video; grain makes it some 100 kB, so that its header is a small part. -> its bytes."""
+    """A counting video; grain makes it large, so that its header is a small part. -> its bytes."""
     grain = np.random.default_rng(episode).integers(-15, 16, (120, 212, 3))
     write_video(path, [(picture(episode, t, 120, 212) + np.roll(grain, 9 * t, 1)).astype(np.uint8)
                        for t in range(frames)], **more)
     return path.read_bytes()
+
+
+def flipped(data, count=60, first=400):
+    """The bytes with some of them inverted."""
+    data = bytearray(data)
+    for i in np.random.default_rng(0).integers(first, len(data), count):
+        data[i] ^= 255
+    return bytes(data)
 
 
 def numbers(episode, count):
@@ -86,7 +109,7 @@ def make_ssv2(root):
     def item(dirt, expected, data=None, label="pushing it", frames=24, listed=str):
         number = len(items) + 1
         path = clips / f"{number}.webm"
-        whole = clip(path, number, frames, fourcc="VP90")
+        whole = clip(path, number, frames, codec="libvpx-vp9")
         if data is not None:
             content = data(whole)
             path.unlink() if content is None else path.write_bytes(content)
@@ -96,12 +119,6 @@ def make_ssv2(root):
 
     def hole(data):
         return data[:len(data) // 2] + bytes(3000) + data[len(data) // 2 + 3000:]
-
-    def flips(data):
-        data = bytearray(data)
-        for i in np.random.default_rng(0).integers(400, len(data), 60):
-            data[i] ^= 255
-        return bytes(data)
 
     item("nothing", "24 frames")
     item("id is a number, not a string", "24 frames", listed=int)
@@ -114,7 +131,7 @@ def make_ssv2(root):
         item(f"cut off at {share:.0%}", expected, lambda data, share=share: data[:int(len(data) * share)])
     # the decoder conceals it:
     item("a hole of zeros inside", "24 frames with garbage or truncated", hole)
-    item("60 flipped bytes", "24 frames with garbage or truncated", flips)           # nothing tells us
+    item("60 flipped bytes", "24 frames with garbage or truncated", flipped)           # nothing tells us
     item("0 bytes", "empty file", lambda data: b"")
     item("nothing but zeros", "not a video", lambda data: bytes(len(data)))
     item("a login page", "not a video", lambda data: b"<!DOCTYPE html><html>log in first</html>")
@@ -138,14 +155,14 @@ def make_videos(root):
     """Whole files and clips cut out of long ones; the CSV is captions.csv beside the folder."""
     items, rows = [], ["file,instruction,start,end"]
 
-    def item(file, dirt, expected, text="move it", start="", end=""):
-        rows.append(f'{file},"{text}",{start},{end}')
+    def item(file, dirt, expected, text="move it", start="", end="", listed=None):
+        rows.append(f'{listed or file},"{text}",{start},{end}')
         items.append(Item(file if start == "" else f"{file}@{float(start):g}-{float(end):g}", dirt, expected))
 
-    clip(root / "whole.mp4", 1, fourcc="mp4v")
+    clip(root / "whole.mp4", 1, codec="mpeg4")
     clip(root / "deep" / "UPPER.MKV", 2)
-    clip(root / "long.mp4", 3, 60, fps=10.0, fourcc="mp4v")
-    clip(root / "long.webm", 4, 60, fps=10.0)
+    clip(root / "long.mp4", 3, 60, fps=10, codec="mpeg4")
+    clip(root / "long.webm", 4, 60, fps=10)
     item("whole.mp4", "nothing", "24 frames")
     item("deep/UPPER.MKV", "ending in capitals, in a folder", "24 frames")
     for file in ("long.mp4", "long.webm"):
@@ -158,6 +175,25 @@ def make_videos(root):
     item("page.mp4", "a web page", "not a video")
     (root / "empty.mov").touch()
     item("empty.mov", "0 bytes", "empty file")
+    clip(root / "trim.mp4", 5, 40, codec="libx264", skip=6)
+    item("trim.mp4", "6 of 40 frames cut off by an edit list", "34 frames")
+    clip(root / "av1.mp4", 6, codec="libsvtav1")
+    item("av1.mp4", "AV1", "24 frames")
+    times = [*range(24), 24, 26, 28, 30, *range(32, 40)]                  # of 40, four are not there
+    write_video(root / "phone.mp4", [picture(7, t) for t in times], codec="libx264", times=times)
+    item("phone.mp4", "variable frame rate", "40 frames with garbage")    # those before are repeated
+    item("phone.mp4", "variable frame rate, cut before that", "18 frames", start=0, end=1.5)
+    write_video(root / "hole.mp4", [picture(8, t) for t in range(24)], codec="libx264",
+                times=[t + 12 * (t > 11) for t in range(24)])
+    item("hole.mp4", "no frame for a second", "missing frames")
+    path = root / "flipped.mp4"
+    path.write_bytes(flipped(clip(path, 9, 40, codec="libx264"), 10, 20_000))
+    item("flipped.mp4", "10 flipped bytes in H.264", "damaged video")
+    decomposed = unicodedata.normalize("NFD", "k\u00fcche.m4v")
+    write_video(root / "k.mp4", [picture(10, t) for t in range(24)], codec="libx264")
+    (root / "k.mp4").rename(root / decomposed)
+    item(decomposed, "its umlaut is one character in the CSV", "24 frames", listed="k\u00fcche.m4v")
+    (root / "notes.txt").write_text("not a video")
     (root.parent / "captions.csv").write_text("\ufeff" + "\n".join(rows) + "\n")
     return items
 
@@ -384,9 +420,10 @@ def make_libero(root):
     for name, group in (("other", "x"), ("bare", "data")):
         with h5py.File(root / f"{name}_demo.hdf5", "w") as f:
             f.create_group(group)
-    return items + [Item(f"{name}_demo.hdf5", dirt, "damaged file") for name, dirt in (
-        ("cut", "cut off half-way"), ("page", "a web page"), ("none", "0 bytes"),
-        ("other", "HDF5 of something else"), ("bare", "no demonstration in it"))]
+    return items + [Item(f"{name}_demo.hdf5", dirt, expected) for name, dirt, expected in (
+        ("cut", "cut off half-way", "damaged file"), ("page", "a web page", "damaged file"),
+        ("none", "0 bytes", "damaged file"), ("other", "HDF5 of something else", "not LIBERO's layout"),
+        ("bare", "no demonstration in it", "not LIBERO's layout"))]
 
 
 # ---- LeRobotDataset v3 -------------------------------------------------------------------------------------
@@ -395,9 +432,8 @@ LEROBOT_FPS = 10
 
 
 def make_lerobot(root):
-    """Two data files and, per camera, videos of several episodes: AV1 (LeRobot's default) and H.264. Needs
-    pyarrow and av."""
-    import av
+    """Data files and, per camera, videos of several episodes: AV1 (LeRobot's default) and H.264. Needs
+    pyarrow."""
     import pyarrow
     import pyarrow.parquet
     items, rows, tables = [], [], collections.defaultdict(list)
@@ -431,7 +467,7 @@ def make_lerobot(root):
             clock[path] += T if frames is None else frames
         table = {"episode_index": [e] * T, "frame_index": list(range(T)),
                  "timestamp": [t / LEROBOT_FPS for t in range(T)], "action": numbers(e, T).tolist(),
-                 "observation.state": numbers(e, T).tolist()}
+                 "observation.state": numbers(e, T).tolist(), "task_index": [0] * T}
         tables[file].append(change(table))
         rows.append(row)
         items.append(Item(f"episode-{e:06d}", dirt, expected))
@@ -441,6 +477,9 @@ def make_lerobot(root):
 
     def backwards(table):
         return {key: values[::-1] for key, values in table.items()}
+
+    def two(table):
+        return {**table, "task_index": [0] * 8 + [1] * (len(table["action"]) - 8)}
 
     def nan(table):
         return {**table, "action": (np.array(table["action"]) * np.nan).tolist()}
@@ -465,6 +504,8 @@ def make_lerobot(root):
     item("its video is cut off", "damaged video", file=3)
     item("its video is a web page", "damaged video", file=4)
     item("its table is cut off", "damaged table", file=5)
+    item("its table is missing", "missing file", file=6)
+    item("its task changes half-way", "several tasks", file=7, change=two, tasks=("move it", "shove it"))
     for container, stream in streams.values():
         for packet in stream.encode():
             container.mux(packet)
@@ -480,6 +521,7 @@ def make_lerobot(root):
     (main / "file-004.mp4").write_text("<html>404</html>")
     last = root / "data/chunk-000/file-005.parquet"
     last.write_bytes(last.read_bytes()[:200])
+    (root / "data/chunk-000/file-006.parquet").unlink()
     episodes = root / "meta/episodes/chunk-000"
     episodes.mkdir(parents=True)
     for number, part in enumerate((rows, rows[-1:])):                     # a stale table repeats an episode
@@ -487,6 +529,7 @@ def make_lerobot(root):
     names = ["x", "y", "z", "rx", "ry", "rz", "gripper"]
     features = {f"observation.images.{camera}": {"dtype": "video", "shape": [64, 64, 3]}
                 for camera in cameras}
+    features["task_index"] = {"dtype": "int64", "shape": [1]}
     features["observation.images.depth"] = {"dtype": "video", "shape": [64, 64, 1],
                                             "info": {"video.is_depth_map": True}}
     meta = {"codebase_version": "v3.0", "fps": LEROBOT_FPS, "total_episodes": len(rows), "robot_type": "none",
