@@ -1145,19 +1145,28 @@ def film_robot(task, seeds, args):
 
 
 def film_hand(task, seeds, args, path):
-    """Job: one performance by the hand, written as VP9; the file appears when it is complete.
+    """Job: one performance by the hand, written as VP9 and moved into place once it reads back whole.
 
-    The container holds a random number: its bytes differ from run to run, its decoded frames do not.
+    OpenCV reports no full disk, so the frames are counted. The container holds a random number: its bytes
+    differ from run to run, its decoded frames do not.
     """
     observations, _ = perform(twin("hand", HAND_SIZE, (VIDEO_CAMERA,), args.spread), task, seeds)
-    unfinished = path[:-len(".webm")] + ".tmp.webm"
-    with av.open(unfinished, "w") as container:
-        stream = container.add_stream("libvpx-vp9", rate=HAND_FPS, width=HAND_SIZE[1], height=HAND_SIZE[0],
-                                      pix_fmt="yuv420p", bit_rate=2_000_000, options={"threads": "1"})
-        for observation in observations[::CONTROL_HZ // HAND_FPS]:
-            frame = av.VideoFrame.from_ndarray(observation["images"][VIDEO_CAMERA], format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    frames = [o["images"][VIDEO_CAMERA] for o in observations[::CONTROL_HZ // HAND_FPS]]
+    unfinished, stderr = path[:-len(".webm")] + ".tmp.webm", os.dup(2)
+    with open(os.devnull, "wb") as null:                  # OpenCV prints a needless line for every .webm
+        os.dup2(null.fileno(), 2)
+    codec = cv2.VideoWriter_fourcc(*"VP90")
+    writer = cv2.VideoWriter(unfinished, cv2.CAP_FFMPEG, codec, HAND_FPS, HAND_SIZE[::-1])
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+    capture, written = cv2.VideoCapture(unfinished, cv2.CAP_FFMPEG), 0
+    while capture.grab():
+        written += 1
+    if written != len(frames):
+        raise OSError(errno.ENOSPC, f"only {written} of {len(frames)} frames were written", unfinished)
     os.replace(unfinished, path)
 
 
