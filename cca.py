@@ -750,8 +750,9 @@ def main(argv=None):
     for split in (train, held_out):
         split["group"] = np.array([group_of(instructions[i]) for i in split["instruction_id"]])
     groups = [g for g in (*GROUPS, "other") if g in train["group"]]
-    video = clips and collect({name: policies[name] for name in (names[0], "random 1")}, {}, clips, args.clips,
-                              device, "video clips", keep_frames=True) | {"path": clips.path}
+    shown = {name: policies[name] for name in (names[0], "random 1")}
+    video = clips and collect(shown, {}, clips, args.clips, device, "video clips", keep_frames=True) | {
+        "path": clips.path}
     study = SimpleNamespace(
         args=args, device=device, note=note, checkpoint=checkpoints[0],
         names=names,                                            # of the pretrained policies
