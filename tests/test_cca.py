@@ -52,17 +52,17 @@ def test_without_a_ridge_scikit_learn_finds_the_same_correlations():
 
 
 def test_the_ridge_is_chosen_on_whole_episodes():
-    """Each episode repeats its own numbers in X and Y. Folds that split episodes would reward learning them by
-    heart, that is a weak ridge; only folds of whole episodes see that most of it does not carry over."""
+    """Each episode repeats its own numbers in X and Y. Folds that split episodes would reward learning them
+    by heart, that is a weak ridge; only folds of whole episodes see that most of it does not carry over."""
     episode = np.repeat(np.arange(60), 10)
     X, Y = RNG(0).normal(size=(60, 40))[episode], RNG(1).normal(size=(60, 3))[episode]
     Y[:, 0] += X[:, 0]
     X = X + 0.05 * RNG(2).normal(size=X.shape)
     assert cca.choose_ridge(X, Y, episode) == max(cca.RIDGES)
     assert cca.choose_ridge(X, Y, np.arange(600)) < max(cca.RIDGES), "what folds by row would choose"
-    thin = RNG(3).normal(size=(600, 3)) * [1, 1, 1e-2]                      # only a weak ridge finds the third
-    assert cca.choose_ridge(thin @ np.linalg.qr(RNG(4).normal(size=(3, 3)))[0], thin[:, 2:], episode) == min(
-        cca.RIDGES)
+    thin = RNG(3).normal(size=(600, 3)) * [1, 1, 1e-2]                  # only a weak ridge finds the third
+    mixed = thin @ np.linalg.qr(RNG(4).normal(size=(3, 3)))[0]
+    assert cca.choose_ridge(mixed, thin[:, 2:], episode) == min(cca.RIDGES)
 
 
 def test_bootstrap_resamples_whole_episodes():
@@ -101,9 +101,9 @@ def test_constant_columns_have_no_correlation_and_a_constant_baseline_is_no_erro
     assert samples.shape[1] == 3 and samples[0, 1] > 0.9 and samples[0, 2] == 0       # two columns are left
     samples, _, _ = cca.analyse(0 * X, 0 * X, Y, Y, episode, episode, 0)    # the time, if every t is 0
     assert not samples.any()
-    for rows, message in ((slice(6), "too few for 3 . 3"), (slice(30), "fewer than 2")):
+    for count, rows_each, message in ((6, 1, "too few for 3 . 3"), (30, 30, "fewer than 2")):
         with pytest.raises(cca.LeftOut, match=message):
-            cca.analyse(X[rows], X, Y[rows], Y, np.arange(300)[rows] // (1 if rows.stop == 6 else 30), episode, 0)
+            cca.analyse(X[:count], X, Y[:count], Y, np.arange(count) // rows_each, episode, 0)
 
 
 # ---- analyses, on made-up latents ------------------------------------------------------------------------
@@ -124,10 +124,9 @@ def windows(episodes, first, seed):
 @pytest.fixture
 def study():
     return SimpleNamespace(
-        args=SimpleNamespace(seed=0, data="made up"), names=["good", "blind"], notes=[], note=lambda text: None,
+        args=SimpleNamespace(seed=0, data="made up"), names=["good", "blind"], note=lambda text: None,
         train=windows(20, 0, 0), held_out=windows(8, 100, 1), groups=["Put", "Take"], moves={"x": 0, "y": 1},
-        instructions=["put it", "take it"], device="cpu", video=None, action={"units": "m m m".split(),
-                                                                              "delta": [True] * 3})
+        instructions=["put it", "take it"], device="cpu", action={"units": ["m"] * 3, "delta": [True] * 3})
 
 
 def test_latents_that_hold_the_actions_gain_over_random_weights_and_noise_does_not(study):
@@ -135,13 +134,14 @@ def test_latents_that_hold_the_actions_gain_over_random_weights_and_noise_does_n
     assert picture.startswith(b"\x89PNG")
     row = {(r["tasks"], r["steps"], r["latents"]): r for r in rows}
     for steps in ("single", "chunk"):
-        good, blind = (row["all", steps, f"{name} minus random weights"]["mean"] for name in ("good", "blind"))
+        good, blind = (row["all", steps, f"{name} minus random weights"]["mean"] for name in study.names)
         assert good[1] > 0.7 and blind[1] < 0 < blind[2]
         assert row["all", steps, "true actions"]["mean"][0] > 0.999
         assert abs(row["all", steps, "shuffled"]["mean"][0]) < 0.1
         assert row["Put", steps, "good"]["n"] == 4 and row["Put", steps, "good"]["mean"][1] is None
-    assert row["all", "chunk", "good"]["detail"]["windows"] == [20 * 38, 8 * 38], "padded windows are left out"
-    assert len(row["all", "chunk", "good"]["detail"]["components"]) == 6
+    detail = row["all", "chunk", "good"]["detail"]
+    assert detail["windows"] == [20 * 38, 8 * 38], "padded windows are left out"
+    assert len(detail["components"]) == 6
     X, *_ = cca.representations(study, "chunk")
     assert {x.shape[1] for x, _ in X.values()} == {6}, "no baseline wins or loses by its number of columns"
     mixed = cca.pooled([(np.full((501, 1), rho), np.array([rho]), 0.1) for rho in (0.2, 0.6)])[0][:, 0]
@@ -162,7 +162,8 @@ def test_collapse_tells_constant_one_directional_and_task_naming_latents_from_go
     task, free = np.arange(400) % 2, RNG(0).uniform(-0.9, 0.9, (400, 4, 3))
     latents = {"good": free, "named": np.where(task, 0.99, -0.99)[:, None, None] * np.ones((400, 4, 3)),
                "dead": 0 * free}
-    good, named, dead = cca.collapse(SimpleNamespace(held_out={"latents": latents, "instruction_id": task}))[1]
+    held_out = {"latents": latents, "instruction_id": task}
+    good, named, dead = cca.collapse(SimpleNamespace(held_out=held_out))[1]
     assert good["rank of z_t"] > 2.8 and good["rank of chunks"] > 11 and good["instruction"] < 0.02
     assert good["saturated"] == 0 and good["std"] == pytest.approx(0.52, abs=0.03) and dead["std"] == 0
     assert named["instruction"] == pytest.approx(1) and named["saturated"] == 1
@@ -232,7 +233,7 @@ def test_swap_tells_a_world_model_that_obeys_latents_from_one_that_does_not(stud
     assert own["mean cosine"][0] > 0.8 and of_a["mean cosine"][1] > 0.8 > -0.5 > of_b["mean cosine"][2]
     world["obeys"] = False
     assert abs(cca.swap(study)[1][1]["mean cosine"][0]) < 0.2
-    # Half of the clips A lead the wrong way, by their episode: an interval over B's episodes would not show it.
+    # The latents of every second episode lead the wrong way: an interval over B's episodes would not show it.
     world["obeys"] = True
     study.video["latents"]["good"] *= np.where(study.video["episode"] % 2, 1, -1)[:, None, None]
     assert np.ptp(cca.swap(study)[1][1]["mean cosine"][1:]) > 0.9
@@ -249,8 +250,8 @@ def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
     way, n = RNG(0).normal(size=(200, 3)), 200
     study.held_out = study.video = {
         "actions": way[:, None] * 0.05, "motion": 10 * way[:, :2], "where": np.full((n, 2), 16.0),
-        "picture": np.zeros((n, 3, 32, 32), np.uint8), "small picture": way, "t": np.arange(n), "path": "hands",
-        "episode": np.arange(n) // 10, "instruction_id": np.arange(n) % 2,
+        "picture": np.zeros((n, 3, 32, 32), np.uint8), "small picture": way, "t": np.arange(n),
+        "episode": np.arange(n) // 10, "instruction_id": np.arange(n) % 2, "path": "hands",
         "latents": {"good": way + 0.05 * RNG(1).normal(size=(n, 3)),
                     "random 1": 10.0 * (np.arange(n) // 10)[:, None] + RNG(2).normal(size=(n, 3))}}
     _, rows, picture = cca.pairs(study)
@@ -258,7 +259,7 @@ def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
     for row in rows:
         if row["by"] == "good":
             assert row["motions agree"][1] > row["any such pair"][0] + 0.3, row
-    blind = rows[1]                                     # its nearest clip is of its own episode, if that counted
+    blind = rows[1]                                         # nearest are clips of its own episode: not allowed
     assert blind["motions agree"][1] < blind["any such pair"][0] + 0.05 and blind["any such pair"][0] < 0.4
     for action, metres in ((("m m m", [True] * 3), 1), (("0.05m 0.05m 0.05m", [True] * 3), 0.05)):
         assert (cca.metres_per_unit({"units": action[0].split(), "delta": action[1]}) == metres).all()
@@ -314,11 +315,10 @@ def test_the_report_shows_everything_in_one_file(data, runs, tmp_path, monkeypat
 def test_every_dataset_is_read_at_the_stride_that_spans_the_time_of_pretraining(data, runs):
     _, checkpoint = load_policy(runs / "plain" / "last.pt")
     checkpoint["data"]["mixture"][0] |= {"fps": 10, "stride": 1}
-    assert cca.open_windows(data.robot, "val", checkpoint, 2, 1).stride == 2          # it has 20 frames per second
     args = SimpleNamespace(data=data.robot, video=data.video, clips=4)
     checkpoint["world_config"]["views"] = 1
     *labelled, video = cca.open_data(args, {"p": SimpleNamespace(cameras=["a"])}, {}, checkpoint)
-    assert [d.stride for d in (*labelled, video)] == [2, 2, 2]
+    assert [d.stride for d in (*labelled, video)] == [2, 2, 2], "10 frames per second, these have 20"
 
 
 def test_statistics_of_random_policies_are_measured_before_they_are_compared(data, runs):
