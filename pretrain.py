@@ -11,10 +11,9 @@
 
 The policy sees the first frame and the instruction and emits n latent actions. The world model must predict
 the next n frames from that frame and those latent actions. One optimiser trains both. The script writes
-last.pt, metrics.jsonl, TensorBoard events and open_loop.png (predictions for held-out clips) to --out.
+last.pt, metrics.jsonl, TensorBoard events and open_loop.png (predictions for held-out clips) to --out. The
+default run takes 9 minutes and 1.2 GB on one CPU thread beside other work (measured); GPU: not run.
 
-The default run takes 9 minutes and 1.2 GB on one CPU thread beside other work, and ends with shuffle_ratio
-1.64 (measured). The paper's sizes on a GPU: not run.
 ASSUMPTION: a chunk is n frames of one dataset. With several datasets, strides make it span about the same
 time in each (--strides). The paper does not say how it treats different frame rates, nor how it weighs its
 datasets (--weights). Later stages read the architecture from last.pt, so they have no architecture flags.
@@ -110,7 +109,7 @@ def arguments(argv):
 
 # ---- ablations: what the world model is fed ----------------------------------------------------------------
 
-# --latents: what the world model is fed, and what to compare with a run of --latents learned
+# --latents: what the world model is fed, and which metrics to compare with a run of --latents learned
 CONTROLS = {"learned": "latent actions",
             "shuffled": "latent actions of other clips, so all ratios are near 1: compare copy_ratio",
             "zero": "zeros, so z_std is 0 and all ratios are 1: compare copy_ratio",
@@ -119,16 +118,16 @@ CONTROLS = {"learned": "latent actions",
 
 
 def make_feed(args, train, modules):
-    """--latents, --latent-source -> feed(z, batch) -> actions (B, n, Z) for the world model, additional loss.
+    """The function feed(z, batch) -> actions (B, n, Z) for the world model, additional loss.
 
-    Unless an ablation is on, these are z, the latent actions of the policy, and 0.
+    Unless --latents or --latent-source asks for an ablation, these are z, the policy's latent actions, and 0.
     """
     def from_frames(z, batch):          # the policy does not see the future, so it learns the mean
         seen = modules["inverse"](batch["frames"])
         return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
 
-    action_norm = Normalizer(train.action_dim or 1).to(args.device)
     if args.latents == "true":
+        action_norm = Normalizer(train.action_dim).to(args.device)
         action_norm.fit(train.limits("actions"))
     return from_frames if "inverse" in modules else {
         "learned": lambda z, batch: (z, 0.0),
@@ -144,20 +143,25 @@ def make_feed(args, train, modules):
 def check_gradients(modules, feed, batch, latents):
     """The claim that the method stands on: the loss of the world model reaches every parameter of the policy.
 
-    InputError if it does not, or if it does in a control. The models are in eval mode: no statistics change.
+    InputError if it does not, unless --latents asks for that. In eval mode, so that no statistics change.
     """
     actions, extra = feed(modules["policy"].latent_actions(batch["obs"]), batch)
     loss = modules["world_model"].loss(batch["frames"], actions, batch["is_pad"])[0] + extra
     names, parameters = zip(*modules["policy"].named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
-    without = [name for name in names if gradients[name] is None]
-    line = f"of the world-model loss reaches {len(names) - len(without)} of {len(names)} policy tensors"
-    trained = latents in ("learned", "shuffled")
-    if len(without) != len(names) * (not trained):
-        raise InputError(f"the gradient {line}, but not {', '.join(without[:5])}: latent_actions() does not "
-                         "use these tensors, or something detaches the latent actions before the loss")
-    print(f"gradient     {line}" + ": it is not trained, probe_r2 is that of random weights" * (not trained))
-    zero = [name for name in names if name not in without and not gradients[name].any()]
+    none = [name for name in names if gradients[name] is None]
+    zero = [name for name in names if name not in none and not gradients[name].any()]
+    reached = f"the world-model loss reaches {len(names) - len(none)} of {len(names)} policy tensors"
+    if latents not in ("learned", "shuffled"):
+        assert len(none) == len(names), f"--latents {latents}, but the gradient of {reached}"
+        print(f"gradient     of {reached}: the policy is not trained, and probe_r2 is that of random weights")
+        return
+    if none:
+        raise InputError(f"the gradient of {reached}, but not {', '.join(none[:5])}: latent_actions() does "
+                         "not use these tensors, or something detaches the latent actions before the loss")
+    if len(zero) == len(names):
+        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores the latent actions")
+    print(f"gradient     of {reached}")
     if zero:        # no error: the data can be the reason, and all other tensors learn
         print(f"warning      it is exactly zero for {', '.join(zero)}: these tensors do not learn from such "
               "clips. A common reason is an input that is always zero")

@@ -70,7 +70,7 @@ def test_controls_leave_the_policy_untrained_and_say_what_to_compare(data, tmp_p
     runs = {kind: pre(data, tmp_path / kind, "--latents", kind, "--steps", "1", video=data.robot)["policy"]
             for kind in ("zero", "detached", "true", "learned")}
     text = capsys.readouterr().out
-    assert len(re.findall(r"reaches 0 of \d+ policy tensors: it is not trained, probe_r2", text)) == 3
+    assert len(re.findall(r"reaches 0 of \d+ policy tensors: the policy is not trained", text)) == 3
     for words in ("and is fed zeros, so z_std is 0 and all ratios are 1: compare copy_ratio",
                   "and is fed true actions", "and is fed latent actions without their gradient", "z_std 0 |"):
         assert words in text
