@@ -1,32 +1,27 @@
-"""The models of LAWM (arXiv 2509.18428): policies, and what every stage shares with the others.
+"""The models of LAWM (arXiv 2509.18428): three policies, the world model, and what all scripts share.
 
-    stage 1, pretrain.py  (video, no actions)             stage 2, finetune.py  (few demonstrations)
+    stage 1, pretrain.py  (video, no actions)             stage 2, finetune.py  (a few demonstrations)
 
-    o_t, instruction -> [ policy ] -> z_t ... z_t+n-1     o_t, instruction, -> [ policy ] -> a_t ... a_t+n-1
-                                       |    (B, n, Z)     proprio            new last layer
-    o_t ----------------------> [ world model ] -> o_t+1 ... o_t+n
-                                gradients flow back through z into the policy
+    o_t, instruction --> [ policy ] --> z_t ... z_t+n-1   o_t, instruction, --> [ policy ] --> a_t ... a_t+n-1
+                                            |  (B, n, Z)  proprioception        new last layer
+    o_t ---------------------------> [ world model ] --> o_t+1 ... o_t+n
 
-Policies do not know the world model, which does not know policies. Read in this order:
+One tensor joins the two models: the latent actions z (B, n, Z). WorldModel.loss is differentiable in it, so
+the gradient of the video prediction error flows through z into the policy. A policy does not know the world
+model, and the world model does not know the policy.
 
-    1 errors            InputError, run
-    2 text              TextEncoder
-    3 normalisation     Normalizer
-    4 observations      ResNet18FiLM, SpatialSoftmax, TransformerBlock, ObservationTokens
-    5 policies          Policy (contract), BAKU, ACT, DiffusionPolicy, POLICIES, make_policy
-    6 chunk execution   ActionChunker
-    7 checkpoints       save_checkpoint, load_checkpoint, load_policy, init_from_pretrained
-    8 runs              open_run, Log, provenance; what both training scripts mean by --resume
+    (Eq. 1) recurrent state   RSSM.sequence           (Eq. 5) world-model loss   WorldModel.loss
+    (Eq. 2) posterior         RSSM.posterior          (Eq. 6) BAKU's objective   Policy.loss
+    (Eq. 3) prior             RSSM.prior              (Eq. 7) diffusion loss     DiffusionPolicy.loss
+    (Eq. 4) decoder           WorldModel.decode       (Eq. 8, 9) are in cca.py
 
-Letters: B batch, n chunk length, T frames (= n+1), C H W image, Z latent-action width, A action width, P
-proprioception width, L instruction-embedding width, E token width, D deterministic state, S x K stochastic
-state (S variables, K classes).
+Sections: text, normaliser, images and observations, policies, world model, chunk execution, linear probe, and
+last the bookkeeping of runs (errors, files, checkpoints, logs). `python models.py` prints all sizes.
 
-Two things are called z_t in the literature: DreamerV3's stochastic state and LAWM's latent action. Here the
-state is `deter` / `stoch`, and the latent action is `latent_actions` (short: z), which inside the world model
-is simply `actions`.
-
-`python models.py` prints parameters and FLOPs of every size of every model beside published figures.
+Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action width, A action width,
+P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,
+S x K stochastic state (S variables of K classes). DreamerV3 calls its stochastic state z_t, LAWM its latent
+action. Here the state is `deter` and `stoch`; the latent action is `z`, or `actions` inside the world model.
 """
 import argparse
 import errno
@@ -53,129 +48,77 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---- 1 errors ---------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; one line: what was expected, what came, what to type."""
-
-
-def run(main):
-    """Call main(); what the user can mend is one line on stderr and exit status 2, all else a traceback."""
-    try:
-        main()
-    except InputError as e:
-        sys.exit(_fail(str(e)))
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped by the keyboard; finished work is kept, go on with --resume", status=130))
-    except OSError as e:
-        full = re.search(r"errno = (\d+)", str(e))          # h5py hides the number in its message
-        code = e.errno or (int(full.group(1)) if full else None)
-        if code not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                        errno.EISDIR, errno.EEXIST, errno.EFBIG):
-            raise
-        where = f" ({e.filename})" if e.filename else ""
-        sys.exit(_fail(f"cannot read or write: {os.strerror(code)}{where}; finished work is kept: "
-                       "make room or choose another --out, then go on with --resume"))
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks, and adds "(default: X)" to every option that has a default, unless
-    its help text speaks of the default itself."""
-
-    def _get_help_string(self, action):
-        text, default = action.help or "", action.default
-        if (not action.option_strings or default is None or default is False or default is argparse.SUPPRESS
-                or "default" in text):
-            return text
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {shown.replace('%', '%%')})"
-
-
-def _fail(message, status=2):
-    for bar in list(getattr(tqdm, "_instances", ())):      # the line stands alone, not behind a progress bar
-        bar.close()
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-# ---- 2 text ----------------------------------------------------------------------------------------------
+# ---- text -------------------------------------------------------------------------------------------------
 
 
 class TextEncoder:
-    """Frozen instruction embedding: list of str -> (len, L) float32 array. Its name travels with the data.
+    """Frozen text encoder: list of B str -> (B, L) float32 array.
 
-    hash    word uni- and bigrams, hashed with signs into 512 floats: no weights, no download, no synonyms
-    minilm  sentence-transformers/all-MiniLM-L6-v2, 384 floats (original BAKU's)
-    clip    openai/clip-vit-base-patch32 text tower, 512 floats (UPSTREAM: the release's)
-    The last two come through `transformers`, from its cache or the folder that TEXT_ENCODER_FOLDER names.
+    hash    words and pairs of neighbouring words, hashed into 512 signed counts: no weights, no download, no
+            knowledge of synonyms
+    minilm  sentence-transformers/all-MiniLM-L6-v2, 384 numbers, as in the original BAKU
+    clip    text tower of openai/clip-vit-base-patch32, 512 numbers (UPSTREAM: the release uses this one)
+
+    `transformers` loads the last two from its cache, or from the folder that the environment variable
+    TEXT_ENCODER_FOLDER names. InputError when it cannot.
     """
     HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "clip": "openai/clip-vit-base-patch32"}
     DIM = {"hash": 512, "minilm": 384, "clip": 512}
 
     def __init__(self, name="hash"):
         if name not in self.DIM:
-            raise InputError(f"text encoder is one of {', '.join(self.DIM)}; got {name!r}")
-        self.name, self.dim, self.known = name, self.DIM[name], {}
-        if self.name == "hash":
+            raise InputError(f"the text encoder is one of {', '.join(self.DIM)}, got {name!r}")
+        self.name, self.cache = name, {}
+        if name == "hash":
             return
         source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[name]
         try:
-            from transformers import AutoTokenizer
-            if name == "clip":
-                from transformers import CLIPTextModelWithProjection as model
-            else:
-                from transformers import AutoModel as model
+            from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
+            model = CLIPTextModelWithProjection if name == "clip" else AutoModel
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.model = model.from_pretrained(source).eval()
-        except (ImportError, RuntimeError) as e:        # a torchvision that does not fit torch ends here, too
-            raise InputError(f"text encoder {name} needs a transformers that loads: pip install transformers "
+        except (ImportError, RuntimeError, OSError, ValueError) as e:
+            raise InputError(f"cannot load the text encoder {name} from {source}: pip install transformers, "
+                             "or download it and type TEXT_ENCODER_FOLDER=FOLDER before the command "
                              f"({str(e).splitlines()[0][:80]})") from e
-        except (OSError, ValueError) as e:
-            raise InputError(f"cannot load {source}: download it to a folder and type "
-                             f"TEXT_ENCODER_FOLDER=FOLDER before the command "
-                             f"({str(e).splitlines()[0]})") from e
 
     def __call__(self, texts):
-        """list of str -> (len, L) float32. Each text is embedded once, by itself, and remembered."""
+        """list of B str -> (B, L) float32. Each text is embedded on its own, once per process."""
         for text in texts:
-            if text not in self.known:
-                self.known[text] = self._embed(text)
-        return np.stack([self.known[text] for text in texts])
+            if text not in self.cache:
+                self.cache[text] = self._hash(text) if self.name == "hash" else self._embed(text)
+        return np.stack([self.cache[text] for text in texts])
 
+    @torch.no_grad()
     def _embed(self, text):
-        if self.name == "hash":
-            return self._hash(text).astype(np.float32)
-        tokens = self.tokenizer([text], truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            out = self.model(**tokens)
+        output = self.model(**self.tokenizer([text], truncation=True, return_tensors="pt"))
         if self.name == "clip":
-            return out.text_embeds[0].float().numpy()
-        return F.normalize(out.last_hidden_state.mean(1))[0].numpy()
+            return output.text_embeds[0].float().numpy()
+        return F.normalize(output.last_hidden_state.mean(1))[0].float().numpy()
 
     def _hash(self, text):
-        words = re.findall(r"\w+", text.lower())
-        vector = np.zeros(self.dim)
-        # No words are a gram of their own: an instruction of zeros would leave the layer behind it untrained.
+        words, vector = re.findall(r"\w+", text.lower()), np.zeros(self.DIM["hash"])
+        # The empty instruction counts as one word: a zero vector would leave the layer behind it untrained.
         for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])] or [""]:
             code = zlib.crc32(gram.encode())
-            vector[code % self.dim] += 1.0 if code >> 31 else -1.0
-        return vector / max(np.linalg.norm(vector), 1e-6)
+            vector[code % len(vector)] += 1.0 if code >> 31 else -1.0
+        return (vector / max(np.linalg.norm(vector), 1e-6)).astype(np.float32)
 
 
 @functools.cache
 def text_encoder(name):
-    """The one TextEncoder of this name in this process: policies share it, and no checkpoint holds it."""
+    """The TextEncoder of this name. All policies of a process share it; it is not part of their weights."""
     return TextEncoder(name)
 
 
-# ---- 3 normalisation -------------------------------------------------------------------------------------
+# ---- normaliser -------------------------------------------------------------------------------------------
 
 
 class Normalizer(nn.Module):
-    """Affine map of each dimension's [low, high] to [-1, 1], inside the weights so that it cannot get lost.
+    """Maps each dimension from [low, high] to [-1, 1] and back: (..., dim) -> (..., dim).
 
-    A constant dimension maps to 0 and comes back as its constant. Statistics are the finetuning data's.
+    The limits come from the finetuning data and are stored with the weights. A constant dimension maps to 0,
+    and every number maps back to the constant.
     """
 
     def __init__(self, dim):
@@ -184,55 +127,51 @@ class Normalizer(nn.Module):
         self.register_buffer("high", torch.ones(dim))
 
     def fit(self, statistics):
-        """statistics: {"min": (dim,), "max": (dim,)}, as stored in a dataset."""
+        """statistics {"min": (dim,), "max": (dim,)}, as stored in a dataset."""
         self.low.copy_(torch.as_tensor(statistics["min"]))
         self.high.copy_(torch.as_tensor(statistics["max"]))
 
-    def _center_scale(self):
-        half = (self.high - self.low) / 2
-        return (self.high + self.low) / 2, torch.where(half > 1e-6, half, torch.ones_like(half))
-
     def normalize(self, x):
-        center, scale = self._center_scale()
-        return (x - center) / scale
+        half = (self.high - self.low) / 2
+        return (x - (self.high + self.low) / 2) / torch.where(half > 1e-6, half, 1)
 
     def unnormalize(self, x):
-        center, scale = self._center_scale()
-        return torch.where(self.high - self.low > 2e-6, x * scale + center, center.expand_as(x))
+        half = (self.high - self.low) / 2
+        return x * torch.where(half > 1e-6, half, 0) + (self.high + self.low) / 2
 
 
-# ---- 4 observations --------------------------------------------------------------------------------------
+# ---- images and observations ------------------------------------------------------------------------------
 
 
 def shrink(frame, size, rule):
-    """(H, W, 3) uint8 -> (size, size, 3). squash changes the aspect ratio, crop keeps the centre square.
+    """(H, W, 3) uint8 -> (size, size, 3) uint8. rule: squash (changes the aspect ratio) or crop (keeps the
+    centre square).
 
-    UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and aliases. Here every
-    pixel counts (bilinear, antialiased); torch does that four times as fast as OpenCV's INTER_AREA.
+    UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and therefore aliases. Here
+    the filter is antialiased; torch's is four times as fast as OpenCV's INTER_AREA.
     """
     if rule == "crop":
         side = min(frame.shape[:2])
         top, left = (frame.shape[0] - side) // 2, (frame.shape[1] - side) // 2
         frame = frame[top:top + side, left:left + side]
+    frame = np.ascontiguousarray(frame)
     if frame.shape[:2] != (size, size):
-        image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]     # (1, 3, H, W)
+        image = torch.from_numpy(frame).permute(2, 0, 1)[None]                        # (1, 3, H, W)
         image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
-        return cv2.merge([plane.numpy() for plane in image[0]])
-    return np.ascontiguousarray(frame)
+        frame = cv2.merge([plane.numpy() for plane in image[0]])
+    return frame
 
 
 def batch_observations(observations, instructions, policy):
-    """Observations of environments -> obs on the policy's device, with only what the policy was made for.
+    """Observations of B environments -> obs for `policy`, on its device, with what it was trained on alone.
 
-    observations  [{"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,), "noise": (n, A), optional}]
-    instructions  [str], one per observation
-    ASSUMPTION: frames go in as rendered; training frames went through JPEG (quality 95), and those of videos
-    that are larger than the policy's images were shrunk from another size than is drawn here.
+    observations  list of B {"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,)}, and optionally "noise"
+                  (n, A) for policies that sample (see Policy)
+    instructions  list of B str
+    ASSUMPTION: the policy sees frames as rendered. Its training frames went through JPEG (quality 95).
     """
-    device = next(policy.parameters()).device
-
     def tensor(rows):
-        return torch.from_numpy(np.stack(rows)).to(device)
+        return torch.from_numpy(np.stack(rows)).to(next(policy.parameters()).device)
 
     images = {c: tensor([o["images"][c] for o in observations]).permute(0, 3, 1, 2)   # (B, 3, H, W)
               for c in policy.cameras if all(c in o["images"] for o in observations)}
@@ -244,24 +183,26 @@ def batch_observations(observations, instructions, policy):
     return obs
 
 
+def by_position(obs, cameras):
+    """Rename the cameras of obs to `cameras`, in order: the first camera of each dataset is its main view."""
+    return {**obs, "images": dict(zip(cameras, obs["images"].values()))}
+
+
 def random_shift(images, pixels):
-    """Augmentation: shift each sample by up to +-pixels, edges repeated. (B, ..., H, W) -> the same; all of a
-    sample's frames move together."""
+    """Augmentation: shift each sample (all its frames alike) by up to `pixels` in x and y; edges repeat:
+    (B, ..., H, W) -> the same shape."""
     if not pixels:
         return images
-    b, (h, w) = len(images), images.shape[-2:]
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), device=images.device)
-    ys = (torch.arange(h, device=images.device) + dy).clamp(0, h - 1)[:, None, :, None]         # (B, 1, H, 1)
-    xs = (torch.arange(w, device=images.device) + dx).clamp(0, w - 1)[:, None, None, :]         # (B, 1, 1, W)
-    flat = images.reshape(b, -1, h, w)
-    rows = torch.arange(b, device=images.device)[:, None, None, None]
-    channels = torch.arange(flat.shape[1], device=images.device)[None, :, None, None]
-    return flat[rows, channels, ys, xs].view(images.shape)
+    h, w = images.shape[-2:]
+    dy, dx = torch.randint(-pixels, pixels + 1, (2, len(images), 1), device=images.device)
+    rows = (torch.arange(h, device=images.device) + dy).clamp(0, h - 1)               # (B, H)
+    columns = (torch.arange(w, device=images.device) + dx).clamp(0, w - 1)            # (B, W)
+    return torch.stack([x[..., r[:, None], c] for x, r, c in zip(images, rows, columns)])
 
 
 def colour_jitter(images, strength):
-    """Augmentation: brightness, contrast and saturation of each image times 1 +- strength at most, each drawn
-    for each image. (B, 3, H, W) uint8 -> the same. UPSTREAM: 0.3 and the hue, too, one draw per batch."""
+    """Augmentation: multiply brightness, contrast and saturation of each image by random factors of
+    1 +- strength: (B, 3, H, W) uint8 -> the same. UPSTREAM: also the hue, and one factor for the batch."""
     if not strength:
         return images
     brightness, contrast, saturation = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1,
@@ -274,13 +215,14 @@ def colour_jitter(images, strength):
 
 
 class FiLMBlock(nn.Module):
-    """GroupNorm ResNet block, modulated by the instruction: x <- (1 + gamma) x + beta (Perez et al. 2018)."""
+    """ResNet block whose features are scaled and shifted by the instruction (FiLM, Perez et al. 2018):
+    (B, C, H, W), (B, E) -> (B, C', H', W')."""
 
     def __init__(self, c_in, c_out, stride, cond):
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        # DEVIATION: GroupNorm, not BatchNorm, whose statistics of video do not hold for demonstrations.
+        # DEVIATION: GroupNorm. BatchNorm's statistics of the videos would not hold for the demonstrations.
         self.norm1, self.norm2 = nn.GroupNorm(8, c_out), nn.GroupNorm(8, c_out)
         self.skip = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
             nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.GroupNorm(8, c_out))
@@ -291,27 +233,17 @@ class FiLMBlock(nn.Module):
     def forward(self, x, cond):
         y = F.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        gamma, beta = self.film(cond)[:, :, None, None].chunk(2, 1)                   # (B', C, 1, 1) each
+        gamma, beta = self.film(cond)[:, :, None, None].chunk(2, 1)                   # (B, C', 1, 1) each
         return F.relu(self.skip(x) + (1 + gamma) * y + beta)
 
 
-class SpatialSoftmax(nn.Module):
-    """Feature maps -> expected coordinates, one (x, y) in [-1, 1] per channel: (B, C, H, W) -> (B, 2C)."""
-
-    def forward(self, x):
-        b, c, h, w = x.shape
-        p = x.flatten(2).softmax(-1).view(b, c, h, w)
-        xs = torch.linspace(-1, 1, w, device=x.device, dtype=x.dtype)
-        ys = torch.linspace(-1, 1, h, device=x.device, dtype=x.dtype)
-        return torch.cat([(p.sum(2) * xs).sum(-1), (p.sum(3) * ys).sum(-1)], 1)       # (B, 2C)
-
-
 class ResNet18FiLM(nn.Module):
-    """The first half of ResNet-18 (stem, stages 1 and 2) with FiLM, then spatial softmax -> one token.
+    """One image -> one token: the first half of ResNet-18 (stem, stages 1 and 2) with FiLM, then a spatial
+    softmax, which turns each feature map into the expected x and y of its activation.
 
-    UPSTREAM: the release keeps these two stages; the whole network alone has 11M parameters, not BAKU's 7M.
-    DEVIATION: no ImageNet weights: nothing here needs a download. Below 128 pixels the stem's max-pooling is
-    left out, so that the last feature map has 16 x 16 cells or more: localisation decides grasping.
+    UPSTREAM: the release also uses these two stages; the whole ResNet-18 alone has 11M parameters, BAKU 7M.
+    DEVIATION: no ImageNet weights, so nothing needs a download. Images below 128 pixels skip the max-pooling
+    of the stem, so that the last feature map has at least 16 x 16 cells: grasping depends on localisation.
     """
 
     def __init__(self, image_size, channels, width):
@@ -322,7 +254,6 @@ class ResNet18FiLM(nn.Module):
         self.blocks = nn.ModuleList([
             FiLMBlock(channels, channels, 1, width), FiLMBlock(channels, channels, 1, width),
             FiLMBlock(channels, 2 * channels, 2, width), FiLMBlock(2 * channels, 2 * channels, 1, width)])
-        self.keypoints = SpatialSoftmax()
         self.out = nn.Linear(4 * channels, width)
         self.to(memory_format=torch.channels_last)
 
@@ -333,70 +264,58 @@ class ResNet18FiLM(nn.Module):
         x = ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         x = self.pool(F.relu(self.stem_norm(self.stem(x))))
         for block in self.blocks:
-            x = block(x, cond)
-        return self.out(self.keypoints(x))
+            x = block(x, cond)                                                        # (B, C, h, w)
+        p = x.flatten(2).softmax(-1).view(x.shape)                                    # sums to 1 over h and w
+        ys, xs = (torch.linspace(-1, 1, side, device=x.device) for side in x.shape[2:])
+        return self.out(torch.cat([(p.sum(2) * xs).sum(-1), (p.sum(3) * ys).sum(-1)], 1))            # 2C -> E
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and MLP. No bias on queries and keys: a key's bias has no gradient at all."""
+    """Pre-norm transformer block: self-attention, cross-attention to a memory if memory=True, then an MLP.
 
-    def __init__(self, width, heads, dropout):
+    Queries and keys have no bias: the bias of a key cancels in the softmax and would never get a gradient.
+    """
+
+    def __init__(self, width, heads, dropout, memory=False):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.mlp = mlp(width, dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+                                 nn.Dropout(dropout))
+        if memory:
+            self.norm_x, self.norm_memory = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+            self.cross_out = nn.Linear(width, width)
 
-    def forward(self, x, seen=None):
-        """x (B, T, E); seen (B, T) bool: which tokens are looked at, None = all."""
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        y = attention(q, k, v, self.heads, self.dropout * self.training, seen)
-        x = x + F.dropout(self.out(y), self.dropout, self.training)
+    def attention(self, q, k, v, seen=None):
+        """q (B, T, E), k and v (B, M, E), seen (B, M) bool or None -> (B, T, E)."""
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))   # (B, h, T, E/h)
+        mask = None if seen is None else seen[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout.p * self.training)
+        return y.transpose(1, 2).flatten(2)
+
+    def forward(self, x, seen=None, memory=None):
+        """x (B, T, E); seen (B, T) bool: the tokens that are attended to, None = all; memory (B, M, E)."""
+        y = self.attention(*self.qkv(self.norm1(x)).chunk(3, -1), seen)
+        x = x + self.dropout(self.out(y))
+        if memory is not None:
+            y = self.attention(self.q(self.norm_x(x)), *self.kv(self.norm_memory(memory)).chunk(2, -1))
+            x = x + self.dropout(self.cross_out(y))
         return x + self.mlp(self.norm2(x))
-
-
-class DecoderBlock(TransformerBlock):
-    """The same with attention to a memory in between: (B, T, E), (B, M, E) -> (B, T, E)."""
-
-    def __init__(self, width, heads, dropout):
-        super().__init__(width, heads, dropout)
-        self.norm_x, self.norm_memory = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.kv = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
-        self.cross_out = nn.Linear(width, width)
-
-    def forward(self, x, memory):
-        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        y = attention(q, k, v, self.heads, self.dropout * self.training)
-        x = x + F.dropout(self.out(y), self.dropout, self.training)
-        q, (k, v) = self.q(self.norm_x(x)), self.kv(self.norm_memory(memory)).chunk(2, -1)
-        y = attention(q, k, v, self.heads, self.dropout * self.training)
-        x = x + F.dropout(self.cross_out(y), self.dropout, self.training)
-        return x + self.mlp(self.norm2(x))
-
-
-def mlp(width, dropout):
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
-                         nn.Dropout(dropout))
-
-
-def attention(q, k, v, heads, dropout, seen=None):
-    """Attention of several heads: q (B, T, E), k and v (B, M, E), seen (B, M) bool -> (B, T, E)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, T | M, E/h)
-    mask = None if seen is None else seen[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
 class ObservationTokens(nn.Module):
-    """Preprocessed obs -> tokens (B, tokens, E): [instruction, one per camera, proprio if any].
+    """Preprocessed obs (see Policy.preprocess) -> (B, tokens, E): instruction, one token per camera, proprio.
 
-    One ResNet sees all images, told apart by a camera embedding; the instruction modulates it (FiLM) and is a
-    token of its own. By position, not by name: camera 0 is the main view in every dataset.
+    One ResNet, modulated by the instruction, encodes the images of all cameras. A learned vector per camera
+    tells them apart.
     """
 
     def __init__(self, config):
         super().__init__()
         width = config["width"]
-        self.cameras, self.dropout = list(config["cameras"]), config["proprio_dropout"]
+        self.cameras, self.proprio_dropout = list(config["cameras"]), config["proprio_dropout"]
         self.instruction_encoder = nn.Linear(TextEncoder.DIM[config["text_encoder"]], width)
         self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
         self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
@@ -407,156 +326,167 @@ class ObservationTokens(nn.Module):
 
     def forward(self, obs):
         instruction = self.instruction_encoder(obs["instruction"])                    # (B, E)
-        b = len(instruction)
         images = torch.cat([obs["images"][c] for c in self.cameras])                  # (cameras*B, 3, H, W)
         seen = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))   # (cameras*B, E)
-        tokens = [instruction] + [x + e for x, e in zip(seen.split(b), self.camera_embedding)]
+        tokens = [instruction] + [x + e for x, e in zip(seen.split(len(instruction)), self.camera_embedding)]
         if hasattr(self, "proprio_encoder"):
             proprio = self.proprio_encoder(obs["proprio"])
-            if self.training and self.dropout:
-                # Whole token, per sample: else the policy dead-reckons from its own pose and stops looking.
-                keep = torch.rand(b, 1, device=proprio.device) >= self.dropout
-                proprio = proprio * keep
+            if self.training and self.proprio_dropout:
+                # The whole token of a sample is dropped; otherwise the policy learns to extrapolate from its
+                # own pose instead of looking at the images.
+                kept = torch.rand(len(proprio), 1, device=proprio.device) >= self.proprio_dropout
+                proprio = proprio * kept
             tokens.append(proprio)
         return torch.stack(tokens, 1)
 
 
-# ---- 5 policies ------------------------------------------------------------------------------------------
+def masked_mean(x, is_pad):
+    """Mean of x (B, n) over the steps that are not padding (is_pad (B, n) bool) -> scalar."""
+    assert x.shape == is_pad.shape, f"values {tuple(x.shape)}, padding {tuple(is_pad.shape)}"
+    valid = (~is_pad).to(x.dtype)
+    return (x * valid).sum() / valid.sum().clamp(min=1)
+
+
+# ---- policies ---------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
-    """Contract of every policy: latent_actions(obs), loss(batch), act(obs).
+    """Base class of all policies. The scripts call latent_actions(obs), loss(batch) and act(obs).
 
-    obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": [B str], "proprio": (B, P)}
-    What a dataset lacks is absent from obs: never zeros, never a second copy of the same camera. "noise" (B,
-    n, A) may be there, too: what a policy that draws at random draws, so that a rollout can be repeated.
+    obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": list of B str, "proprio": (B, P) float32}
+    A modality that a dataset lacks is absent: never zeros, never a second copy of the same camera. In
+    rollouts obs may have "noise" (B, n, A), standard normal, which a policy that samples uses instead of
+    drawing its own, so that a rollout can be repeated.
 
-    A subclass writes __init__(config) and features(obs) -> (B, E); layers up to the latent actions and the
-    actions, losses and units are here. One whose features are (B, n, E), a row for each action, says
-    PER_STEP = True. Whoever does all this in another way, as Diffusion Policy, overrides the three methods.
+    config["head"] says what the head, the last layer of the network, produces:
+        latent  latent actions (B, n, Z) for the world model (stage 1)
+        action  actions (B, n, A), by a new last layer (stage 2, the paper's choice)
+        add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative)
+    The other keys are policy (name in POLICIES), cameras, image_size, chunk, text_encoder, proprio_dim (or
+    None), action_dim (or None), latent_dim, latent_norm, proprio_dropout, and one entry of the class's SIZES.
 
-    config is plain data and makes the policy again (make_policy): policy, cameras, image_size, chunk,
-    text_encoder, proprio_dim (or None), action_dim, latent_dim, latent_norm, proprio_dropout, head, and the
-    subclass's own SIZES. Names say what stage 2 may add to a pretrained policy (action_*, proprio_*,
-    camera_*, style_*) and what it may drop (latent_*); all else must fit. head says what the last layer is:
-        latent  (B, n, Z) latent actions for the world model (stage 1)
-        action  (B, n, A) actions (stage 2, the paper's choice "reinit": a new last layer)
-        add     a new layer from the latent actions to actions (stage 2, the paper's other strategy)
+    To add a policy: write a subclass with SIZES (including "width", E) and features(obs) -> (B, E), and enter
+    it in POLICIES; everything else is inherited. With PER_STEP = True features are (B, n, E), one row per
+    action. Diffusion Policy overrides to_latents, loss and act as well. Names of parameters matter:
+    finetuning may add those that start with action_, proprio_, camera_ or style_ and drop those that start
+    with latent_; all others must be in the pretrained checkpoint (init_from_pretrained).
     """
 
-    SIZES = {}          # name -> what it adds to config; "width" is E
-    CHUNK = 10          # n, by default
-    EXECUTE = 0         # actions of a chunk that are executed before the next look; 0: temporal ensembling
-    EMA = 0.0           # decay of the averaged weights that are evaluated; 0: the last weights
+    SIZES = {}          # name -> the entries of config that this class adds
+    CHUNK = 10          # default of n
+    EXECUTE = 0         # default of evaluate.py --execute: actions per chunk; 0 = temporal ensembling
+    EMA = 0.0           # default of finetune.py --ema: decay of the averaged weights; 0 = no averaging
     PER_STEP = False
-    STD = 0.1           # of the action likelihood, in normalised units (UPSTREAM and BAKU: fixed, not learnt)
+    STD = 0.1           # of the likelihood of normalised actions; fixed (UPSTREAM and BAKU: the same)
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        text_encoder(config["text_encoder"])            # a missing download is an error now, not in training
-        self.chunk, self.cameras = config["chunk"], list(config["cameras"])
-        if config["head"] in ("latent", "add"):
+        text_encoder(config["text_encoder"])        # load it now, so that an error comes before the training
+        self.chunk, self.cameras, self.head = config["chunk"], list(config["cameras"]), config["head"]
+        if self.head in ("latent", "add"):
             latents = self.chunk * config["latent_dim"]
             self.latent_norm = (nn.BatchNorm1d(latents, affine=False) if config["latent_norm"]
                                 else nn.Identity())
-        if config["head"] in ("action", "add"):
+        if self.head in ("action", "add"):
             self.action_norm = Normalizer(config["action_dim"])
         if config["proprio_dim"]:
             self.proprio_norm = Normalizer(config["proprio_dim"])
-        self.last_layers(config["head"], config["latent_dim"], config["action_dim"])
+        self.last_layers(config["latent_dim"], config["action_dim"])
 
-    def last_layers(self, head, latent, action):
-        """The paper's "last layer": latent_out or action_out. All before it is kept from stage to stage."""
+    def last_layers(self, latent, action):
+        """Create the last layer. Everything before it keeps its weights from stage to stage."""
         width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
-        if head in ("latent", "add"):           # BatchNorm takes a bias out again: none here
+        if self.head in ("latent", "add"):     # a bias would be cancelled by the BatchNorm
             self.latent_out = nn.Linear(width, rows * latent, bias=not self.config["latent_norm"])
-        if head in ("action", "add"):
-            self.action_out = nn.Linear(width if head == "action" else rows * latent, rows * action)
+        if self.head in ("action", "add"):
+            self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
     def features(self, obs):
-        """obs -> (B, E), or (B, n, E) with PER_STEP."""
+        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP."""
         raise NotImplementedError
 
     def check(self, obs):
-        """Compare what came with what the policy was made for. InputError"""
+        """InputError when obs is not what the policy was made for."""
         missing = [c for c in self.cameras if c not in obs["images"]]
         if missing:
-            raise InputError(f"policy looks through cameras {self.cameras}, observation has "
+            raise InputError(f"the policy needs the cameras {self.cameras}, the observation has "
                              f"{sorted(obs['images'])}")
-        size = obs["images"][self.cameras[0]].shape[-1]
+        b, _, _, size = obs["images"][self.cameras[0]].shape
         if size != self.config["image_size"]:
-            raise InputError(f"policy was made for {self.config['image_size']}-pixel images, got {size}: "
+            raise InputError(f"the policy needs images of {self.config['image_size']} pixels, got {size}: "
                              f"prepare the data with --image-size {self.config['image_size']}")
+        if isinstance(obs["instruction"], str) or len(obs["instruction"]) != b:
+            raise InputError(f"{b} observations need a list of {b} instructions, got {obs['instruction']!r}")
         if self.config["proprio_dim"] and "proprio" not in obs:
-            raise InputError("policy was finetuned with proprioception, observation has none")
+            raise InputError("the policy was finetuned with proprioception, the observation has none")
 
     def preprocess(self, obs):
-        """Raw observation -> what features() takes: words embedded (B, L), proprioception normalised."""
+        """The only path from raw observations into the network: check them, embed the instructions -> (B, L),
+        normalise the proprioception."""
         self.check(obs)
-        words = text_encoder(self.config["text_encoder"])(obs["instruction"])         # (B, L)
-        obs = {**obs, "instruction": torch.from_numpy(words).to(obs["images"][self.cameras[0]].device)}
+        text = torch.from_numpy(text_encoder(self.config["text_encoder"])(obs["instruction"]))
+        obs = {**obs, "instruction": text.to(obs["images"][self.cameras[0]].device)}
         if self.config["proprio_dim"]:
             obs["proprio"] = self.proprio_norm.normalize(obs["proprio"])
         return obs
 
     def encode(self, obs):
-        """The only path from raw observations to the last layer."""
         return self.features(self.preprocess(obs))
 
-    def check_latent(self):
-        if self.config["head"] == "action":
-            raise InputError("this policy has no latent actions: its last layer is for actions; give a "
-                             "checkpoint of pretrain.py")
-
     def squash(self, z):
-        """Into (-1, 1), where the world model takes actions: (B, n, Z) -> (B, n, Z).
+        """Bound latent actions, as the world model expects: (B, n, Z) -> (B, n, Z) in (-1, 1).
 
-        DEVIATION: standardised over the batch before the tanh (latent_norm): latents under a plain tanh
-        collapse to a constant or saturate at small scale.
+        DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
+        tanh alone they collapse to a constant or saturate in models of this size.
         """
         return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
     def latent_actions(self, obs):
-        """z_t ... z_t+n-1 from o_t and the instruction alone: obs -> (B, n, Z) in (-1, 1), differentiable
-        (Sec. III-A)."""
-        self.check_latent()
-        return self._latents(self.encode(obs))
+        """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
+        differentiable. InputError if the head produces actions."""
+        if self.head == "action":
+            raise InputError("this policy was finetuned and has no latent actions: give a checkpoint of "
+                             "pretrain.py")
+        return self.to_latents(self.encode(obs))
 
-    def _latents(self, x):
-        return self.squash(self.latent_out(x).view(-1, self.chunk, self.config["latent_dim"]))
+    def to_latents(self, features):
+        """Features -> latent actions (B, n, Z)."""
+        return self.squash(self.latent_out(features).view(-1, self.chunk, self.config["latent_dim"]))
 
-    def _mean_action(self, x, bound=torch.tanh):
-        """Features -> normalised actions (B, n, A) in (-1, 1)."""
-        if self.config["head"] == "add":
-            x = self._latents(x) if self.PER_STEP else self._latents(x).flatten(1)
-        return bound(self.action_out(x)).view(-1, self.chunk, self.config["action_dim"])
+    def to_actions(self, features):
+        """Features -> normalised actions (B, n, A)."""
+        if self.head == "add":
+            features = self.to_latents(features).flatten(2 if self.PER_STEP else 1)
+        return self.bound(self.action_out(features)).view(-1, self.chunk, self.config["action_dim"])
+
+    def bound(self, actions):
+        return torch.tanh(actions)
 
     def loss(self, batch):
-        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float} to log besides.
+        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float} for the log.
 
-        L = - E log N(a_t:t+n | mu(o_t, instruction), std^2)                                        (Eq. 6)
-        batch {"obs", "actions" (B, n, A) in the data's units, "is_pad" (B, n)}; padded steps count nowhere.
+        batch = {"obs", "actions" (B, n, A) in the data's units, "is_pad" (B, n) bool: steps not to count}.
         """
         target = self.action_norm.normalize(batch["actions"])
-        mu = self._mean_action(self.encode(batch["obs"]))
+        mu = self.to_actions(self.encode(batch["obs"]))
+        # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
         nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
-        loss = masked_mean(nll.mean(-1), batch["is_pad"])
-        with torch.no_grad():
-            l1 = masked_mean((target - mu).abs().mean(-1), batch["is_pad"])
-        return loss, {"l1": l1.item()}
+        l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
+        return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1.item()}
 
     @torch.no_grad()
     def act(self, obs):
-        """Chunk of actions in the environment's units: obs -> (B, n, A). The policy must be in eval mode."""
+        """The chunk of actions in the environment's units: obs -> (B, n, A). Only in eval mode."""
         assert not self.training, "act() is for rollouts: call policy.eval() first"
-        return self.action_norm.unnormalize(self._mean_action(self.encode(obs)))
+        return self.action_norm.unnormalize(self.to_actions(self.encode(obs)))
 
 
 class BAKU(Policy):
-    """BAKU (Haldar et al. 2024) as LAWM uses it: tokens -> transformer -> query token -> chunk of n actions.
+    """BAKU (Haldar et al. 2024) as LAWM uses it: observation tokens and one learned query go through a
+    transformer; an MLP turns the query's output into a chunk of n actions.
 
-    UPSTREAM: causal attention; without history and with the action token last it changes nothing we read.
+    UPSTREAM: causal attention. Without a history of observations, and with the query last, it is equivalent.
     """
     SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),     # about 7M parameters
              "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}      # for two CPU cores
@@ -568,211 +498,208 @@ class BAKU(Policy):
         self.query = nn.Parameter(0.02 * torch.randn(width))
         self.trunk = nn.Sequential(*[TransformerBlock(width, config["heads"], config["dropout"])
                                      for _ in range(config["layers"])])
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
-                                  nn.Linear(width, width), nn.ReLU())
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(),
+                                 nn.Linear(width, width), nn.ReLU())
 
     def features(self, obs):
-        tokens = self.tokens(obs)
+        tokens = self.tokens(obs)                                                     # (B, tokens, E)
         tokens = torch.cat([tokens, self.query.expand(len(tokens), 1, -1)], 1)
-        return self.head(self.trunk(tokens)[:, -1])                                   # (B, tokens, E)->(B, E)
+        return self.mlp(self.trunk(tokens)[:, -1])                                    # (B, E)
 
 
 class ACT(Policy):
-    """ACT (Zhao et al. 2023): n learned queries attend to the observation, each becomes one action.
+    """ACT (Zhao et al. 2023): a transformer decoder with n learned queries, one per action.
 
-    Finetuning is a conditional VAE: an encoder sees the demonstrated chunk and says its style (B, style), the
-    decoder must rebuild the chunk from observation and style; in rollouts the style is 0, the prior's mean.
-    Pretraining has no actions to encode: there the style modules do not exist, and finetuning adds them.
-    DEVIATION: the original divides its loss by padded steps, too, and builds seven decoder layers of which
-    only the first is ever used; its KL weight of 10 on a mean of n x A errors empties the style (tested).
-    One token per camera instead of its whole feature map.
+    In finetuning it is a conditional VAE: an encoder compresses the demonstrated chunk into a style, and the
+    decoder reconstructs the chunk from the observation and the style. In rollouts the style is 0, the mean of
+    its prior. Pretraining has no actions to encode; finetuning adds the style modules.
+
+    DEVIATION: the original averages its loss over padded steps as well, builds seven decoder layers but uses
+    one, and gives the KL a weight of 10, with which the style collapses (tested). Here a camera is one token,
+    not its feature map.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
-                           style=32),                   # the original's; LAWM's paper has no ACT
+                           style=32),                   # as in the original; LAWM's paper has no ACT
              "tiny": dict(width=128, layers=2, decoder_layers=1, heads=4, channels=32, dropout=0.1, style=16)}
     PER_STEP = True
 
     def __init__(self, config):
         super().__init__(config)
-        width, heads, dropout = config["width"], config["heads"], config["dropout"]
-        # The evidence bound of a Laplace likelihood of scale 1 is sum |a - ^a| + KL: of the mean, this share.
+        width, block = config["width"], (config["width"], config["heads"], config["dropout"])
+        # The evidence bound of a Laplace likelihood is sum |a - mean| + KL; l1 below is a mean, not the sum.
         self.kl_weight = 1 / (config["chunk"] * (config["action_dim"] or 1))
         self.tokens = ObservationTokens(config)
-        self.encoder = nn.ModuleList([TransformerBlock(width, heads, dropout)
-                                      for _ in range(config["layers"])])
+        self.encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
         self.queries = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
-        self.decoder = nn.ModuleList([DecoderBlock(width, heads, dropout)
+        self.decoder = nn.ModuleList([TransformerBlock(*block, memory=True)
                                       for _ in range(config["decoder_layers"])])
         self.norm = nn.LayerNorm(width)
-        if config["head"] != "latent":
+        if self.head != "latent":
             self.style_action_in = nn.Linear(config["action_dim"], width)
             self.style_token = nn.Parameter(0.02 * torch.randn(width))
             self.style_places = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
-            self.style_encoder = nn.ModuleList([TransformerBlock(width, heads, dropout)
-                                                for _ in range(config["layers"])])
+            self.style_encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
             self.style_out = nn.Linear(width, 2 * config["style"])
-            self.style_in = nn.Linear(config["style"], width, bias=False)             # style 0: no change
+            self.style_in = nn.Linear(config["style"], width, bias=False)             # style 0 -> token 0
 
     def features(self, obs, style=None):
+        """Preprocessed obs, style (B, style) or None for 0 -> (B, n, E)."""
         tokens = self.tokens(obs)                                                     # (B, tokens, E)
-        if style is not None:
-            tokens = torch.cat([tokens, self.style_in(style)[:, None]], 1)
-        elif hasattr(self, "style_in"):
-            tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1)
+        if self.head != "latent":
+            token = torch.zeros_like(tokens[:, 0]) if style is None else self.style_in(style)
+            tokens = torch.cat([tokens, token[:, None]], 1)
         for block in self.encoder:
             tokens = block(tokens)
         x = self.queries.expand(len(tokens), -1, -1)                                  # (B, n, E)
         for block in self.decoder:
-            x = block(x, tokens)
+            x = block(x, memory=tokens)
         return self.norm(x)
 
     def infer_style(self, obs, actions, is_pad):
-        """q(style | o_t, a_t ... a_t+n-1): normalised (B, n, A), (B, n) -> mean, log variance (B, style)."""
+        """q(style | instruction, a_t ... a_t+n-1): preprocessed obs, normalised actions (B, n, A), (B, n) ->
+        mean and log variance, (B, style) each. Padded actions are not attended to."""
         instruction = self.tokens.instruction_encoder(obs["instruction"])[:, None]    # (B, 1, E)
         tokens = torch.cat([self.style_token.expand(len(actions), 1, -1), instruction,
                             self.style_action_in(actions) + self.style_places], 1)    # (B, 2 + n, E)
-        seen = torch.cat([torch.ones_like(is_pad[:, :1])] * 2 + [~is_pad], 1)         # padding is not seen
+        seen = torch.cat([torch.ones_like(is_pad[:, :2]), ~is_pad], 1)
         for block in self.style_encoder:
             tokens = block(tokens, seen)
         return self.style_out(tokens[:, 0]).chunk(2, -1)
 
-    def _mean_action(self, x):
-        """Without a tanh, as the original: L1 of a gripper that is mostly shut drives a tanh so far that it
-        passes no gradient any more, and the gripper never learns to open. Bounded only when it acts."""
-        mean = super()._mean_action(x, bound=lambda y: y)
-        return mean if self.training else mean.clamp(-1, 1)
+    def bound(self, actions):
+        """No tanh, as in the original: L1 on a gripper that is mostly closed saturates a tanh, its gradient
+        vanishes, and the gripper never learns to open. Actions are clipped in rollouts only."""
+        return actions if self.training else actions.clamp(-1, 1)
 
     def loss(self, batch):
-        """L1 of the valid steps + weight * KL(q(style) || N(0, I)): batch -> scalar, {name: float}."""
+        """L = mean |a - mu(o_t, instruction, style)| over valid steps + weight * KL(q(style) || N(0, I)).
+
+        batch as in Policy.loss -> scalar, {name: float} for the log.
+        """
         target, obs = self.action_norm.normalize(batch["actions"]), self.preprocess(batch["obs"])
         mean, log_var = self.infer_style(obs, target, batch["is_pad"])
         style = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        predicted = self._mean_action(self.features(obs, style))
-        error = (target - predicted).abs().mean(-1)                                   # (B, n)
+        error = (target - self.to_actions(self.features(obs, style))).abs().mean(-1)  # (B, n)
         l1 = masked_mean(error, batch["is_pad"])
         kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
         return l1 + self.kl_weight * kl, {"l1": l1.item(), "style_kl": kl.item()}
 
 
 class DiffusionPolicy(Policy):
-    """Diffusion Policy (Chi et al. 2023): a conditional 1-D U-Net takes noise out of a chunk of n actions.
+    """Diffusion Policy (Chi et al. 2023): a 1-D U-Net, conditioned on the observation, denoises a chunk.
 
-    Noised at step tau of 100: x = sqrt(ab) a + sqrt(1 - ab) e, where ab = alpha_bar(tau), squared cosine.
-    DEVIATION: the U-Net says v = sqrt(ab) e - sqrt(1 - ab) a (Salimans and Ho 2022), from which follow
-        ^e = sqrt(1 - ab) x + sqrt(ab) v     the noise of (Eq. 7)
-        ^a = sqrt(ab) x - sqrt(1 - ab) v     the clean chunk
-    Saying e itself, it must first learn to copy x, and ^a divides by sqrt(ab) = 0.0005 at the first step.
+    Forward process at step tau of 100, with ab = alpha_bar(tau) of the squared-cosine schedule:
+        x = sqrt(ab) a + sqrt(1 - ab) e                 a: clean chunk, e: standard normal noise
+    DEVIATION: the network predicts v = sqrt(ab) e - sqrt(1 - ab) a (Salimans and Ho 2022), which gives both
+        ^e = sqrt(1 - ab) x + sqrt(ab) v                the noise of (Eq. 7)
+        ^a = sqrt(ab) x - sqrt(1 - ab) v                the clean chunk
+    A network that predicts e must first learn to copy x, and its ^a divides by sqrt(ab) = 0.0005 at tau = 99.
 
-    The latent action is ^a of one call on pure noise, at tau = 99: what the sampler first thinks. UPSTREAM:
-    x - ^e of one call, without a bound. Then, as in every policy, standardised over the batch and tanh. The
-    noise is drawn anew at every call in training; in eval mode it is obs["noise"], else always the same, so
-    that z_std is that of observations. (Unrolling the whole sampler instead was measured to be worse.)
+    The latent action is ^a of a single call on pure noise (tau = 99), bounded as in every policy. Unrolling
+    the sampler was slower and its latents less informative. UPSTREAM: x - ^e of a single call, unbounded.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256),
              "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32)}
-    CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # original: executes 8 of 16. UPSTREAM: averages live chunks
+    CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # the original's. UPSTREAM: executes the mean of live chunks
     STEPS, SAMPLER_STEPS, DRAWS = 100, 10, 8
 
     def __init__(self, config):
         super().__init__(config)
         shortest = 2 ** (len(config["down"]) - 1)
         if self.chunk % shortest:
-            raise InputError(f"the U-Net halves a chunk {len(config['down']) - 1} times: --chunk takes "
-                             f"multiples of {shortest}, got {self.chunk}")
+            raise InputError(f"--chunk of the diffusion policy must be a multiple of {shortest}, because its "
+                             f"U-Net halves it {len(config['down']) - 1} times; got {self.chunk}")
         self.tokens = ObservationTokens(config)
-        # A concatenation and a linear layer are a sum of linear layers, one per part: so written, a further
-        # camera in stage 2 is a further layer, and those that there are keep their weights.
-        width = config["width"]
+        # A sum of one linear layer per camera, which equals one layer on their concatenation. A camera that
+        # stage 2 adds is then a new layer, and the others keep their weights.
+        width, step = config["width"], config["step_width"]
         self.camera_mix = nn.ModuleList([nn.Linear(width, width) for _ in self.cameras])
         if config["proprio_dim"]:
             self.proprio_mix = nn.Linear(width, width)
-        self.step_encoder = nn.Sequential(nn.Linear(config["step_width"], 4 * config["step_width"]),
-                                          nn.Mish(),
-                                          nn.Linear(4 * config["step_width"], config["step_width"]))
-        self.unet = UNet1D(config["down"], config["step_width"] + 2 * width)
-        # squared cosine: alpha_bar(tau) = cos^2((tau / T + 0.008) / 1.008 * pi / 2), betas capped at 0.999
+        self.step_encoder = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
+        self.unet = UNet1D(config["down"], step + 2 * width)
+        # alpha_bar(tau) = cos^2((tau / T + 0.008) / 1.008 * pi / 2), with every beta at most 0.999
         ab = [math.cos((t / self.STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(self.STEPS + 1)]
-        betas = torch.tensor([min(1 - b / a, 0.999) for a, b in zip(ab, ab[1:])])
-        self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)              # (T,)
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(ab, ab[1:])])
+        self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)   # (STEPS,)
 
-    def last_layers(self, head, latent, action):
-        """ASSUMPTION: "last layer" means both ends of the U-Net, which meet latent actions or actions."""
+    def last_layers(self, latent, action):
+        """ASSUMPTION: the "last layer" includes the first, because both meet latent actions or actions."""
         first = self.config["down"][0]
-        if head in ("latent", "add"):
+        if self.head in ("latent", "add"):
             self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
-        if head in ("action", "add"):
-            inner = first if head == "action" else latent
+        if self.head in ("action", "add"):
+            inner = first if self.head == "action" else latent
             self.action_in, self.action_out = nn.Linear(action, inner), nn.Linear(inner, action)
 
     def features(self, obs):
-        """obs -> (B, 2E): sum over cameras and proprioception, beside the instruction."""
+        """Preprocessed obs -> condition of the U-Net (B, 2E): cameras and proprioception, instruction."""
         instruction, *rest = self.tokens(obs).unbind(1)
         layers = [*self.camera_mix, *([self.proprio_mix] if self.config["proprio_dim"] else [])]
         return torch.cat([sum(layer(x) for layer, x in zip(layers, rest)), instruction], -1)
 
-    def noise(self, obs, width):
-        """Standard normal (B, n, width); in eval mode obs["noise"], else the same for every row and call."""
-        b, device = len(obs["instruction"]), self.alpha_bar.device
+    def noise(self, condition, width):
+        """Initial noise (B, n, width): drawn in training; in eval mode always the same, so that latents and
+        actions are functions of the observation."""
+        shape, device = (self.chunk, width), condition.device
         if self.training:
-            return torch.randn(b, self.chunk, width, device=device)
-        if "noise" in obs:
-            return obs["noise"]
-        fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
-        return fixed.to(device).expand(b, -1, -1)
+            return torch.randn(len(condition), *shape, device=device)
+        fixed = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return fixed.to(device).expand(len(condition), -1, -1)
 
     def velocity(self, x, tau, condition, latent=False):
-        """v(x, tau, o): x (B, n, A or Z), tau (B,), condition (B, 2E) -> (B, n, A or Z)."""
+        """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); latent: Z instead of A."""
         half = self.config["step_width"] // 2
         angles = tau[:, None] * torch.exp(-math.log(10_000) / (half - 1) * torch.arange(
             half, device=x.device))                                                   # (B, step_width / 2)
         step = self.step_encoder(torch.cat([angles.sin(), angles.cos()], -1))
-        add = self.config["head"] == "add"
+        through_latents = latent or self.head == "add"
         if not latent:
             x = self.action_in(x)
-        if latent or add:
+        if through_latents:
             x = self.latent_in(x)
-        x = self.unet(x.transpose(1, 2), torch.cat([step, condition], -1)).transpose(1, 2)  # (B, n, first)
-        if latent or add:
+        x = self.unet(x.transpose(1, 2), torch.cat([step, condition], -1)).transpose(1, 2)
+        if through_latents:
             x = self.latent_out(x)
         return x if latent else self.action_out(x)
 
     def split(self, x, tau, velocity):
-        """x, tau (B,), v -> clean chunk ^a, noise ^e, all (B, n, A or Z)."""
+        """Noisy chunk x, its step tau (B,), v -> clean chunk ^a, noise ^e; all (B, n, width)."""
         ab = self.alpha_bar[tau][:, None, None]
         return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
 
     def sample(self, x, steps, velocity):
-        """DDIM (Song et al. 2021): noise x (B, n, A) -> chunk in [-1, 1]. velocity(x, tau (B,)) -> v.
+        """DDIM sampler (Song et al. 2021): noise x (B, n, A) -> chunk (B, n, A) in [-1, 1].
 
-        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, ab' = alpha_bar of the next step; ^a is clipped to [-1, 1]
+        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step and ^a is clipped to [-1, 1];
+        velocity(x, tau (B,)) -> v.
         """
         taus = torch.linspace(self.STEPS - 1, 0, steps).round().long().tolist()
-        for tau, following in zip(taus, [*taus[1:], None]):
+        for i, tau in enumerate(taus):
             tau = torch.full((len(x),), tau, device=x.device)
             a, noise = self.split(x, tau, velocity(x, tau))
             a = a.clamp(-1, 1)
-            if following is None:
-                return a
-            ab = self.alpha_bar[following]
-            x = ab.sqrt() * a + (1 - ab).sqrt() * noise
+            if i + 1 < steps:
+                ab = self.alpha_bar[taus[i + 1]]
+                x = ab.sqrt() * a + (1 - ab).sqrt() * noise
+        return a
 
-    def latent_actions(self, obs):
-        self.check_latent()
-        condition, x = self.encode(obs), self.noise(obs, self.config["latent_dim"])
+    def to_latents(self, condition):
+        x = self.noise(condition, self.config["latent_dim"])
         tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
         return self.squash(self.split(x, tau, self.velocity(x, tau, condition, latent=True))[0])
 
     def loss(self, batch):
-        """L = E |v - v_theta(sqrt(ab) a + sqrt(1 - ab) e, tau, o)|^2 of the valid steps: batch -> scalar,
-        {name: float}. It is E |e - ^e|^2 / ab, so (Eq. 7) with more weight on large noise.
+        """Denoising loss of the valid steps: batch as in Policy.loss -> scalar, {} for the log.
 
-        DEVIATION: DRAWS noises for each observation, which is encoded once: the U-Net costs little beside it.
+        DEVIATION: DRAWS noises per observation, which is encoded once: the U-Net is cheap beside the encoder.
         """
         a = self.action_norm.normalize(batch["actions"]).repeat(self.DRAWS, 1, 1)     # (DRAWS * B, n, A)
         condition = self.encode(batch["obs"]).repeat(self.DRAWS, 1)                   # (DRAWS * B, 2E)
         tau, noise = torch.randint(self.STEPS, (len(a),), device=a.device), torch.randn_like(a)
         ab = self.alpha_bar[tau][:, None, None]
         x, v = ab.sqrt() * a + (1 - ab).sqrt() * noise, ab.sqrt() * noise - (1 - ab).sqrt() * a
+        # (Eq. 7)  L = E |e - ^e(x, tau, o)|^2; in terms of v, |v - ^v|^2 = |e - ^e|^2 / ab
         error = ((v - self.velocity(x, tau, condition)) ** 2).mean(-1)                # (DRAWS * B, n)
         return masked_mean(error, batch["is_pad"].repeat(self.DRAWS, 1)), {}
 
@@ -780,13 +707,14 @@ class DiffusionPolicy(Policy):
     def act(self, obs):
         assert not self.training, "act() is for rollouts: call policy.eval() first"
         condition = self.encode(obs)
-        x = self.sample(self.noise(obs, self.config["action_dim"]), self.SAMPLER_STEPS,
-                        lambda x, tau: self.velocity(x, tau, condition))
+        x = obs["noise"] if "noise" in obs else self.noise(condition, self.config["action_dim"])
+        x = self.sample(x, self.SAMPLER_STEPS, lambda x, tau: self.velocity(x, tau, condition))
         return self.action_norm.unnormalize(x)
 
 
 class FiLMConv(nn.Module):
-    """Two convolutions along the chunk with a skip; the condition scales and shifts between them."""
+    """Residual block of two convolutions along the chunk, modulated by the condition: (B, C, n), (B, cond) ->
+    (B, C', n)."""
 
     def __init__(self, c_in, c_out, cond):
         super().__init__()
@@ -796,42 +724,42 @@ class FiLMConv(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else nn.Conv1d(c_in, c_out, 1)
 
     def forward(self, x, cond):
-        scale, shift = self.film(F.mish(cond))[..., None].chunk(2, 1)                 # (B, C, 1) each
+        scale, shift = self.film(F.mish(cond))[..., None].chunk(2, 1)                 # (B, C', 1) each
         y = F.mish(self.norm1(self.conv1(x))) * (1 + scale) + shift
         return F.mish(self.norm2(self.conv2(y))) + self.skip(x)
 
 
 class UNet1D(nn.Module):
-    """(B, down[0], n), (B, cond) -> (B, down[0], n): down by strided convolutions, and up again."""
+    """U-Net along the chunk: (B, down[0], n), condition (B, cond) -> (B, down[0], n)."""
 
     def __init__(self, down, cond):
         super().__init__()
         pairs = list(zip((down[0], *down), down))
         self.down = nn.ModuleList([nn.ModuleList([FiLMConv(a, b, cond), FiLMConv(b, b, cond)])
                                    for a, b in pairs])
-        self.shrink = nn.ModuleList([nn.Conv1d(c, c, 3, 2, 1) for c in down[:-1]])
+        self.halvings = nn.ModuleList([nn.Conv1d(c, c, 3, 2, 1) for c in down[:-1]])
         self.middle = nn.ModuleList([FiLMConv(down[-1], down[-1], cond) for _ in range(2)])
         self.up = nn.ModuleList([nn.ModuleList([FiLMConv(2 * b, a, cond), FiLMConv(a, a, cond)])
                                  for a, b in pairs[:0:-1]])
-        self.grow = nn.ModuleList([nn.ConvTranspose1d(a, a, 4, 2, 1) for a, _ in pairs[:0:-1]])
+        self.doublings = nn.ModuleList([nn.ConvTranspose1d(a, a, 4, 2, 1) for a, _ in pairs[:0:-1]])
         self.out = nn.Sequential(nn.Conv1d(down[0], down[0], 3, padding=1), nn.GroupNorm(8, down[0]),
                                  nn.Mish())
 
     def forward(self, x, cond):
-        kept = []
+        skips = []
         for i, blocks in enumerate(self.down):
             for block in blocks:
                 x = block(x, cond)
-            kept.append(x)                                                            # (B, C_i, n / 2^i)
-            if i < len(self.shrink):
-                x = self.shrink[i](x)
+            skips.append(x)                                                           # (B, C_i, n / 2^i)
+            if i < len(self.halvings):
+                x = self.halvings[i](x)
         for block in self.middle:
             x = block(x, cond)
-        for blocks, grow in zip(self.up, self.grow):
-            x = torch.cat([x, kept.pop()], 1)
+        for blocks, doubling in zip(self.up, self.doublings):
+            x = torch.cat([x, skips.pop()], 1)
             for block in blocks:
                 x = block(x, cond)
-            x = grow(x)
+            x = doubling(x)
         return self.out(x)
 
 
@@ -839,22 +767,20 @@ POLICIES = {"baku": BAKU, "diffusion": DiffusionPolicy, "act": ACT}
 
 
 def make_policy(config):
-    """A fresh policy from its plain-data config."""
+    """A new policy with random weights, from its plain-data config (see Policy)."""
     return POLICIES[config["policy"]](config)
 
 
-def masked_mean(x, is_pad):
-    """Mean of x (B, n) over the steps that are not padding: the denominator counts valid steps only."""
-    assert x.shape == is_pad.shape, (f"values {tuple(x.shape)} and padding {tuple(is_pad.shape)} "
-                                     "differ in shape")
-    valid = (~is_pad).to(x.dtype)
-    return (x * valid).sum() / valid.sum().clamp(min=1)
+# ---- world model ------------------------------------------------------------------------------------------
+#
+#    o_t --> posterior --> h_t+1 = f(h_t, s_t, z_t) --> h_t+2 ...             z_k moves o_k to o_k+1
+#            (Eq. 2)       (Eq. 1)      |
+#                                       +--> prior p(s | h) (Eq. 3): predicts s_t+1 without seeing o_t+1
+#                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
+#                                       +--> decoder (Eq. 4): draws o_t+1 from h and either of the two s
 
-
-# ---- world model: sizes and layers --------------------------------------------------------------------------
-
-# DreamerV3's own table (Hafner et al. 2023, App.): 32 categorical variables throughout. Names are those of
-# whole agents; what the world model alone has is printed by `python models.py`.
+# The sizes of DreamerV3 (Hafner et al. 2023), where a name is the size of a whole agent. `python models.py`
+# prints what the world model alone has.
 WORLD_MODEL_SIZES = {
     "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
     "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
@@ -867,7 +793,7 @@ WORLD_MODEL_SIZES = {
 
 
 class BlockLinear(nn.Module):
-    """Block-diagonal linear map: (B, blocks, c_in) -> (B, blocks, c_out). One block: a plain linear layer."""
+    """Block-diagonal linear layer: (B, blocks, c_in) -> (B, blocks, c_out)."""
 
     def __init__(self, blocks, c_in, c_out):
         super().__init__()
@@ -879,39 +805,31 @@ class BlockLinear(nn.Module):
 
 
 def dense(c_in, c_out):
-    """Linear, RMSNorm, SiLU: the layer of every MLP in DreamerV3."""
+    """Linear, RMSNorm, SiLU: DreamerV3's layer."""
     return nn.Sequential(nn.Linear(c_in, c_out), nn.RMSNorm(c_out, eps=1e-4), nn.SiLU())
 
 
 def unimix(logits, share=0.01):
-    """Log-probs with 1 % of the uniform distribution in them: no probability is 0 and KL stays finite."""
-    k = logits.shape[-1]
-    return torch.log((1 - share) * logits.softmax(-1) + share / k)
+    """Logits (..., K) -> log-probabilities of 99 % softmax + 1 % uniform, so that every KL is finite."""
+    return torch.log((1 - share) * logits.softmax(-1) + share / logits.shape[-1])
 
 
 def kl_categorical(p, q):
-    """KL(p || q) of S independent categoricals given log-probs (..., S, K) -> (...,), in nats."""
+    """KL(p || q) in nats, summed over S independent categoricals: log-probabilities (..., S, K) -> (...)."""
     return (p.exp() * (p - q)).sum((-1, -2))
 
 
 def sample_straight_through(log_probs):
-    """One-hot sample forward, gradient of the probabilities backward: (..., S, K) -> (..., S, K)."""
+    """One-hot sample, whose gradient is that of the probabilities: (..., S, K) -> (..., S, K)."""
     gumbel = -torch.log(-torch.log(torch.rand_like(log_probs).clamp(1e-9, 1 - 1e-7)))
     one_hot = F.one_hot((log_probs + gumbel).argmax(-1), log_probs.shape[-1]).to(log_probs.dtype)
     probs = log_probs.exp()
     return one_hot + probs - probs.detach()
 
 
-# ---- world model: the state ---------------------------------------------------------------------------------
-
-
 class RSSM(nn.Module):
-    """Recurrent state-space model of DreamerV3. State {"deter": (B, D), "stoch" and "logits": (B, S, K)}.
-
-    sequence model  h_k+1 = f(h_k, s_k, a_k)         block GRU                 (Eq. 1)
-    posterior       s_k ~ q(s_k | h_k, o_k)          sees the frame            (Eq. 2)
-    prior           s_k ~ p(s_k | h_k)               must guess it             (Eq. 3)
-    """
+    """Recurrent state-space model of DreamerV3. A state is {"deter": (B, D), "stoch": (B, S, K) one-hot,
+    "logits": (B, S, K) log-probabilities}; h is `deter` and s is `stoch`."""
 
     def __init__(self, size, embed_dim, action_dim):
         super().__init__()
@@ -927,58 +845,56 @@ class RSSM(nn.Module):
         self.prior_net = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), nn.Linear(hidden, flat))
 
     def initial(self, batch, device):
-        """h = 0, s = 0, before any frame."""
+        """The state before any frame: h = 0, s = 0."""
         return {"deter": torch.zeros(batch, self.deter, device=device),
                 "stoch": torch.zeros(batch, self.stoch, self.classes, device=device)}
 
     def sequence(self, state, action):
-        """h_k+1 = f(h_k, s_k, a_k) (Eq. 1): state, (B, Z) -> (B, D)."""
+        """(Eq. 1)  h_k+1 = f(h_k, s_k, z_k), a block-diagonal GRU: state, (B, Z) -> (B, D)."""
         b, deter = len(action), state["deter"]
-        # DreamerV3 shrinks actions beyond [-1, 1]; latents are inside by their tanh, raw actions may not be.
+        # As in DreamerV3, actions beyond [-1, 1] are scaled down. Latent actions never are; true ones may be.
         action = action / action.abs().clamp(min=1).detach()
         x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
                        self.in_action(action)], -1)
-        x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all inputs
+        x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all the inputs
         x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 3 hidden)
         x = F.silu(self.hidden_norm(self.hidden(x).flatten(1))).view(b, self.blocks, -1)
-        reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]  # (B, D) each
+        reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]   # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)                                            # starts by remembering
+        update = torch.sigmoid(update - 1)                                  # an untrained GRU remembers
         return update * candidate + (1 - update) * deter
+
+    def posterior(self, deter, embed):
+        """(Eq. 2)  q(s | h, o): (B, D), embedded frame (B, embed) -> state."""
+        return self._state(deter, self.posterior_net(torch.cat([deter, embed], -1)))
+
+    def prior(self, deter):
+        """(Eq. 3)  p(s | h): (B, D) -> state."""
+        return self._state(deter, self.prior_net(deter))
 
     def _state(self, deter, logits):
         logits = unimix(logits.view(-1, self.stoch, self.classes))
         return {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
 
-    def prior(self, deter):
-        """p(s | h) (Eq. 3): (B, D) -> state."""
-        return self._state(deter, self.prior_net(deter))
-
-    def posterior(self, deter, embed):
-        """q(s | h, o) (Eq. 2): (B, D), (B, embed) -> state."""
-        return self._state(deter, self.posterior_net(torch.cat([deter, embed], -1)))
-
 
 def stack_states(states):
-    """List of T states of (B, ...) -> one state of (B, T, ...)."""
+    """List of T states (B, ...) -> one state (B, T, ...)."""
     return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
 
 
-# ---- world model: what is predicted -------------------------------------------------------------------------
-
-# name: (channels per view, how often height and width are halved). The paper: pixels; features and flow are
-# its own future work (Sec. V). None needs a download.
+# What the decoder predicts: (channels per view, how often height and width are halved). The paper predicts
+# pixels; features and flow are its future work (Sec. V).
 TARGETS = {"pixels": (3, 0), "difference": (3, 0), "features": (9, 2), "flow": (2, 1)}
 
 
 def targets(images, kind):
-    """What o_t+1 ... o_t+n are to be predicted as -> still (B, 1, C, h, w), future (B, n, C, h, w).
+    """What the decoder must predict of a clip: images (B, n+1, 3V, H, W) uint8 -> still, future.
 
-    images      (B, n+1, 3V, H, W) uint8, V views; `still` is what a video that stands still would show
+    future (B, n, C, h, w) is the target of o_t+1 ... o_t+n; still (B, 1, C, h, w) if nothing moved.
     pixels      the frames, in [0, 1]
-    difference  o_k - o_t, in [-1, 1]: the scene need not be drawn
-    features    histograms of oriented gradients (MaskFeat, Wei et al. 2022): edges, no colours, no light
-    flow        optical flow o_k-1 -> o_k (Farneback 2003), in pixels of the half-size picture
+    difference  o_k - o_t, in [-1, 1]
+    features    histograms of oriented gradients (MaskFeat, Wei et al. 2022): edges without colour or light
+    flow        optical flow from o_k-1 to o_k (Farneback 2003), in pixels of the half-size image
     """
     frames = images.float() / 255
     if kind == "pixels":
@@ -994,21 +910,22 @@ def targets(images, kind):
 
 
 def oriented_gradients(grey, cell=4):
-    """Histogram over 9 orientations of the gradients in each cell, of length 1 unless the cell is flat:
-    (B, T, V, H, W) in [0, 1] -> (B, T, 9V, H/4, W/4)."""
+    """Normalised histograms of the gradient's orientation, 9 bins per cell: (B, T, V, H, W) in [0, 1] ->
+    (B, T, 9V, H/4, W/4)."""
     x = F.pad(grey.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")            # (B*T*V, 1, H+2, W+2)
     dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-    # A quarter of a bin ahead: upright and level edges, which are many, lie on no border between bins.
+    # Shifted by a quarter of a bin: otherwise noise would move upright edges from the first bin to the last.
     bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
     strength = torch.hypot(dx, dy)
     votes = torch.zeros_like(strength).expand(-1, 9, -1, -1).clone().scatter_(1, bins, strength)
     cells = F.avg_pool2d(votes, cell)                                                 # (B*T*V, 9, H/4, W/4)
-    cells = cells / (cells.norm(dim=1, keepdim=True) + 0.05)
+    cells = cells / (cells.norm(dim=1, keepdim=True) + 0.05)                          # flat cells stay near 0
     return cells.unflatten(0, grey.shape[:3]).flatten(2, 3)
 
 
 def optical_flow(grey):
-    """(B, n+1, V, H, W) in [0, 1] -> (B, n, 2V, H/2, W/2): x and y of each point of each view, on the CPU."""
+    """Flow from each frame to the next: (B, n+1, V, H, W) in [0, 1] -> (B, n, 2V, H/2, W/2), x and y in
+    pixels of the half-size image. OpenCV computes it on the CPU."""
     half = F.avg_pool2d(grey.flatten(0, 2)[:, None], 2)[:, 0].unflatten(0, grey.shape[:3])
     half = (255 * half).to("cpu", torch.uint8).numpy()                                # (B, n+1, V, H/2, W/2)
     flow = [[[cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 9, 3, 5, 1.1, 0)
@@ -1016,198 +933,175 @@ def optical_flow(grey):
     return torch.from_numpy(np.array(flow)).to(grey.device).movedim(-1, 3).flatten(2, 3)
 
 
-# ---- world model: the model ---------------------------------------------------------------------------------
-
-
-class ToImage(nn.Module):
-    """(B, 16 C) -> (B, C, 4, 4), channels last in memory."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x):
-        return x.view(-1, 4, 4, self.channels).permute(0, 3, 1, 2)
+def image_channels(size, image_size):
+    """Channels of the convolutions that reduce an image to 4 x 4, one entry per layer."""
+    layers = int(math.log2(image_size)) - 2
+    if 4 * 2 ** layers != image_size or not 2 <= layers <= 5:
+        raise InputError(f"the world model takes images of 16, 32, 64 or 128 pixels, got {image_size}")
+    # DreamerV3's multipliers for 64 pixels. ASSUMPTION: one more, thin layer for 128 (the paper is silent).
+    return [WORLD_MODEL_SIZES[size]["depth"] * m for m in (1, 2, 3, 4, 4)[-layers:]]
 
 
 def convolutions(c_in, channels):
-    """Halves height and width at every layer: (B, c_in, H, W) -> (B, channels[-1] * h * w)."""
+    """Encoder, each layer halves height and width: (B, c_in, H, W) -> (B, 16 * channels[-1])."""
     layers = []
     for c in channels:
-        # ASSUMPTION: normalised over channels and pixels together (DreamerV3: RMS per pixel): a fused kernel.
+        # ASSUMPTION: norm over channels and pixels (DreamerV3: over a pixel's channels), because it is fast.
         layers += [nn.Conv2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
         c_in = c
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def image_channels(size, image_size):
-    """Channels of the layers that bring an image down to 4 x 4."""
-    stages = int(math.log2(image_size)) - 2
-    if 4 * 2 ** stages != image_size or not 2 <= stages <= 5:
-        raise InputError(f"the world model takes images of 16, 32, 64 or 128 pixels, got {image_size}")
-    # DreamerV3's multipliers for 64 pixels; ASSUMPTION: a thin stage more for 128 (paper: not said).
-    return [WORLD_MODEL_SIZES[size]["depth"] * m for m in (1, 2, 3, 4, 4)[-stages:]]
-
-
 class WorldModel(nn.Module):
-    """RSSM with convolutional encoder and decoder, trained to predict o_t+1 ... o_t+n from o_t and n actions.
+    """Predicts o_t+1 ... o_t+n from o_t and n actions: an RSSM with a convolutional encoder and decoder.
 
-    It takes any action tensor (B, n, Z): latent, true, shuffled or zero. o_t is context (its posterior starts
-    the roll), then every action acts, the first one included.
-    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t is never used; and it copies the
-    actions with torch.tensor(), which detaches them: no gradient reaches the policy.
+    It takes any actions (B, n, Z): latent, true, shuffled or zero. o_t is the context: its posterior is the
+    first state, so that every action has an effect, the first one included.
+    UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t has no effect. It copies the
+    actions with torch.tensor(), which detaches them, so no gradient reaches its policy.
 
     config, plain data:
         size           name in WORLD_MODEL_SIZES
         image_size     16, 32, 64 or 128
         action_dim     Z
-        predict        posterior  reconstruct from states that have seen the frame (the paper, DreamerV3)
-                       prior      reconstruct open loop: from o_t and the actions alone
-                       both       sum of the two
-        target         what is reconstructed, see TARGETS (pixels = the paper)
-        motion_weight  extra weight of what differs from standing still (0 = the paper)
-        free_bits      nats of KL that cost nothing (1 = DreamerV3)
-        decode_steps   frames per window that are decoded in a training step, drawn at random (0 = all n, the
-                       paper): same expectation of the loss and its gradient, at less than half the cost
-        context_frame  False: o_t is not seen, the roll starts at h = 0, s = 0
-        views          V, cameras side by side in the channels (1 = the paper)
-        dyn_scale      weight of the KL that trains the prior (0.5; UPSTREAM and DreamerV3: the same)
-        rep_scale      weight of the KL that trains the posterior (0.1; UPSTREAM and DreamerV3: the same)
+        predict        states that frames are decoded from: posterior (they have seen the frame; the paper and
+                       DreamerV3), prior (open loop, from o_t and the actions alone), or both
+        target         what is decoded, a name in TARGETS; the paper: pixels
+        motion_weight  extra weight of what differs from a still video; the paper: 0
+        free_bits      nats of KL that are not penalised; DreamerV3: 1
+        dyn_scale      weight of the KL that trains the prior; DreamerV3 and the release: 0.5
+        rep_scale      weight of the KL that trains the posterior; DreamerV3 and the release: 0.1
+        decode_steps   how many of the n frames are decoded per training step, drawn at random; 0 = all (the
+                       paper). The expected loss is the same, at less than half the cost
+        context_frame  False: o_t is not seen, and the first state is h = 0, s = 0
+        views          V camera views, concatenated as channels; the paper: 1
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        size, width = WORLD_MODEL_SIZES[config["size"]], 3 * config["views"]
+        size = WORLD_MODEL_SIZES[config["size"]]
         channels = image_channels(config["size"], config["image_size"])
         embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
-        self.encoder = convolutions(width, channels)
+        self.encoder = convolutions(3 * config["views"], channels)
         self.rssm = RSSM(size, embed, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
         if halved > len(channels) - 1:
-            raise InputError(f"target {config['target']} is too small to draw for images of "
-                             f"{config['image_size']} pixels: take larger ones, or --target pixels")
-        layers, c_in = [nn.Linear(feature, embed), ToImage(channels[-1])], channels[-1]
+            raise InputError(f"images of {config['image_size']} pixels are too small for --target "
+                             f"{config['target']}: use larger images, or --target pixels")
+        self.decoder_in, layers, c_in = nn.Linear(feature, embed), [], channels[-1]
         for c in channels[-2::-1][:len(channels) - 1 - halved]:
             layers += [nn.ConvTranspose2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
             c_in = c
         layers.append(nn.ConvTranspose2d(c_in, c_out * config["views"], 4, 2, 1))
         self.decoder = nn.Sequential(*layers, nn.Sigmoid() if config["target"] == "pixels" else nn.Identity())
-        self.to(memory_format=torch.channels_last)                                    # twice as fast on a CPU
+        self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
 
     def embed(self, images):
         """(B, T, 3V, H, W) uint8 -> (B, T, embed)."""
-        b, t = images.shape[:2]
-        x = images.flatten(0, 1).float() / 255 - 0.5                                  # (B*T, 3V, H, W)
-        return self.encoder(x.contiguous(memory_format=torch.channels_last)).view(b, t, -1)
+        x = (images.flatten(0, 1).float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).unflatten(0, images.shape[:2])
 
     def decode(self, state):
-        """State of (..., D), (..., S, K) -> the target (..., C, h, w), for pixels in [0, 1]."""
-        features = self.features(state)
-        lead = features.shape[:-1]
-        return self.decoder(features.flatten(0, -2)).unflatten(0, lead)
-
-    def features(self, state):
-        return torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)            # (..., D + S*K)
+        """(Eq. 4)  state of (..., D) and (..., S, K) -> prediction (..., C, h, w), see targets()."""
+        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (..., D + S*K)
+        x = self.decoder_in(features.flatten(0, -2)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
+        return self.decoder(x).unflatten(0, features.shape[:-1])
 
     def context(self, embed):
-        """Posterior of the first frame, (B, embed) -> state: where every roll starts."""
+        """The state from which a prediction starts, the posterior of o_t: (B, embed) -> state."""
         start = self.rssm.initial(len(embed), embed.device)
         return self.rssm.posterior(start["deter"], embed) if self.config["context_frame"] else start
 
     def observe(self, images, actions):
-        """Filter: (B, n+1, 3V, H, W) uint8, (B, n, Z) -> start state (B, ...), posteriors and priors of
-        k = 1 ... n (B, n, ...)."""
+        """Posteriors, which see each frame: (B, n+1, 3V, H, W) uint8, (B, n, Z) -> first state (B, ...),
+        posteriors (B, n, ...) and priors (B, n, ...) of o_t+1 ... o_t+n."""
         assert images.shape[1] == actions.shape[1] + 1, (
             f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}")
         embed = self.embed(images)
         start = state = self.context(embed[:, 0])
         posteriors, priors = [], []
         for k in range(actions.shape[1]):
-            deter = self.rssm.sequence(state, actions[:, k])                          # a_k takes o_k to o_k+1
-            prior, state = self.rssm.prior(deter), self.rssm.posterior(deter, embed[:, k + 1])
-            priors.append(prior)
+            deter = self.rssm.sequence(state, actions[:, k])                # action k moves frame k to k + 1
+            priors.append(self.rssm.prior(deter))
+            state = self.rssm.posterior(deter, embed[:, k + 1])
             posteriors.append(state)
         return start, stack_states(posteriors), stack_states(priors)
 
     def imagine(self, state, actions):
-        """Open loop: start state (B, ...), (B, n, Z) -> priors (B, n, ...) of k = 1 ... n, no frame seen
-        after the first."""
+        """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
         states = []
         for k in range(actions.shape[1]):
             state = self.rssm.prior(self.rssm.sequence(state, actions[:, k]))
             states.append(state)
         return stack_states(states)
 
-    def losses(self, images, actions, predict=None, decode_steps=None):
-        """Every term before reduction: {name: (B, n)}; total() adds up those that the config asks for.
-
-        predict and decode_steps are the config's, unless given.
-        """
-        predict = predict or self.config["predict"]
-        n = actions.shape[1]
-        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
-        start, posteriors, priors = self.observe(images, actions)
-        drawn = torch.randperm(n, device=images.device)[:decode_steps]                # which frames are drawn
-        still, future = targets(images, self.config["target"])                        # (B, 1|n, C, h, w)
-        future = future[:, drawn]                                                     # (B, m, C, h, w)
-        # DEVIATION: what differs from standing still weighs more: most of a picture is table.
-        weight = (1 + self.config["motion_weight"]
-                  * (future - still).abs().mean(2, keepdim=True))                     # (B, m, 1, h, w)
-
-        def spread(error):                                     # (B, m, C, h, w) -> (B, n), the rest is 0
-            error = error.sum((2, 3, 4)) * (n / decode_steps)
-            return error.new_zeros(len(error), n).index_copy(1, drawn, error)
-
-        terms = {"still": spread((still - future) ** 2)}       # of standing still, for report
-        if self.config["context_frame"]:
-            # ASSUMPTION: o_t itself is drawn as well (DreamerV3 draws every frame): the scene must come from
-            # the context, so that the latents are left with what changes in it.
-            error = (self.decode(start) - still[:, 0]) ** 2                           # (B, C, h, w)
-            terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)            # (B, n), all the same
-
-        def predicted(name, states):
-            error = (self.decode({k: v[:, drawn] for k, v in states.items()}) - future) ** 2
-            terms[name] = spread(weight * error)
-            if name == "open_loop":
-                terms["open_loop_plain"] = spread(error.detach())                     # for report
-
-        if predict in ("posterior", "both"):
-            predicted("recon", posteriors)                     # (Eq. 4) decoder, (Eq. 5) first term
-        if predict in ("prior", "both"):
-            # DEVIATION: the open-loop term. From the posterior alone a frame can be drawn without its action:
-            # the posterior has seen it; only the KL then asks for actions, below the free bits not even that.
-            predicted("open_loop", self.imagine(start, actions))
-        post, prior = posteriors["logits"], priors["logits"]                # (B, n, S, K)
-        terms["kl_dyn"] = kl_categorical(post.detach(), prior)              # moves the prior to what was seen
-        terms["kl_rep"] = kl_categorical(post, prior.detach())              # keeps the posterior predictable
-        return terms
-
     def loss(self, images, actions, is_pad):
-        """Negative evidence bound of the video given the actions (Eq. 5) -> scalar, {name: float}.
+        """Negative evidence lower bound of the video given the actions -> scalar, {name: float} for the log.
 
-        images  (B, n+1, 3V, H, W) uint8  o_t ... o_t+n
-        actions (B, n, Z)                 gradients flow into them: this is how pretraining teaches the policy
-        is_pad  (B, n) bool               True where o_k+1 is a repeated last frame; those steps count nowhere
-        L = |o_t - ^o_t|^2 + mean_k |o_k - ^o_k|^2
-            + 0.5 max(1, KL[sg q || p]) + 0.1 max(1, KL[q || sg p])                                 (Eq. 5)
+        images  (B, n+1, 3V, H, W) uint8   o_t ... o_t+n
+        actions (B, n, Z)                  with gradient: here the world model teaches the policy
+        is_pad  (B, n) bool                steps not to count: o_k+1 repeats the last frame of the episode
         """
+        # (Eq. 5)  L = |o_t - ^o_t|^2 + mean_k [ |o_k - ^o_k|^2
+        #              + 0.5 max(1, KL[sg(q) || p]) + 0.1 max(1, KL[q || sg(p)]) ]        (sg: stop gradient)
         terms = self.losses(images, actions)
         logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items() if name != "still"}
         return masked_mean(self.total(terms), is_pad), logs
 
     def total(self, terms):
-        """The weighted sum of (Eq. 5), step by step: {name: (B, n)} -> (B, n)."""
-        free = self.config["free_bits"]
-        kl = (self.config["dyn_scale"] * terms["kl_dyn"].clamp(min=free)
-              + self.config["rep_scale"] * terms["kl_rep"].clamp(min=free))
-        wanted = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
-        wanted = wanted[self.config["predict"]]
-        return kl + sum(terms[name] for name in ("context", *wanted) if name in terms)
+        """The sum in (Eq. 5), per step: {name: (B, n)} from losses() -> (B, n)."""
+        kl = sum(self.config[scale] * terms[name].clamp(min=self.config["free_bits"])
+                 for scale, name in (("dyn_scale", "kl_dyn"), ("rep_scale", "kl_rep")))
+        drawn = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
+        return kl + sum(terms[name] for name in ("context", *drawn[self.config["predict"]]) if name in terms)
+
+    def losses(self, images, actions, predict=None, decode_steps=None):
+        """Every term of the loss, per step: images and actions as in loss() -> {name: (B, n)}.
+
+        recon, open_loop   squared error of the frames decoded from posteriors and from priors, weighted
+        context            squared error of o_t decoded from its posterior (the same number at every step)
+        kl_dyn, kl_rep     KL of posterior and prior, with the gradient of the prior or of the posterior
+        open_loop_plain, still   for reports, without weight: open_loop, and the error of a still video
+        predict and decode_steps replace those of the config.
+        """
+        predict, n = predict or self.config["predict"], actions.shape[1]
+        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
+        start, posteriors, priors = self.observe(images, actions)
+        chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
+        still, future = targets(images, self.config["target"])
+        future = future[:, chosen]                                                    # (B, m, C, h, w)
+        # DEVIATION: pixels that differ from a still video weigh more, since most pixels are background.
+        weight = 1 + self.config["motion_weight"] * (future - still).abs().mean(2, keepdim=True)
+
+        def per_step(error):            # (B, m, C, h, w) -> (B, n): 0 for other frames, same expectation
+            error = error.sum((2, 3, 4)) * (n / decode_steps)
+            return error.new_zeros(len(error), n).index_copy(1, chosen, error)
+
+        def squared_error(states):
+            return (self.decode({k: v[:, chosen] for k, v in states.items()}) - future) ** 2
+
+        terms = {"still": per_step((still - future) ** 2)}
+        if self.config["context_frame"]:
+            # ASSUMPTION: o_t is decoded as well, as DreamerV3 decodes every frame. The state then holds the
+            # scene, and the latent actions only have to say what changes.
+            error = (self.decode(start) - still[:, 0]) ** 2                           # (B, C, h, w)
+            terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)
+        if predict in ("posterior", "both"):
+            terms["recon"] = per_step(weight * squared_error(posteriors))
+        if predict in ("prior", "both"):
+            # DEVIATION: the open-loop term. A posterior has seen the frame and can be decoded without the
+            # action; then only the KL depends on the action, and below the free bits nothing does.
+            error = squared_error(self.imagine(start, actions))
+            terms["open_loop"], terms["open_loop_plain"] = per_step(weight * error), per_step(error.detach())
+        post, prior = posteriors["logits"], priors["logits"]                          # (B, n, S, K)
+        terms["kl_dyn"] = kl_categorical(post.detach(), prior)
+        terms["kl_rep"] = kl_categorical(post, prior.detach())
+        return terms
 
     def picture(self, prediction, first):
-        """A prediction as something to look at, main view: (..., C, h, w), o_t (B, 3, H, W) in [0, 1] ->
-        (B, ..., 3, H, W) in [0, 1]. Features: strength of all edges; flow: x red, y green, grey stands."""
+        """A prediction of the main view as a visible image: (B, ..., C, h, w), o_t (B, 3, H, W) in [0, 1] ->
+        (B, ..., 3, H, W) in [0, 1]. Features become edge strength; flow becomes red (x) and green (y)."""
         kind, main = self.config["target"], TARGETS[self.config["target"]][0]
         x = prediction[..., :main, :, :]
         if kind == "difference":
@@ -1216,29 +1110,14 @@ class WorldModel(nn.Module):
             x = x.norm(dim=-3, keepdim=True).expand(*x.shape[:-3], 3, -1, -1)
         elif kind == "flow":
             x = torch.cat([x / 8 + 0.5, torch.full_like(x[..., :1, :, :], 0.5)], -3)
-        lead = x.shape[:-3]
-        return F.interpolate(x.flatten(0, -4), first.shape[-2:]).unflatten(0, lead).clamp(0, 1)
-
-
-def shuffled_within(groups, generator):
-    """A permutation giving every row another row of its group -> (index (B,), has a partner (B,) bool)."""
-    index, paired = torch.arange(len(groups)), torch.zeros(len(groups), dtype=torch.bool)
-    for group in groups.unique():
-        rows = (groups == group).nonzero()[:, 0]
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        index[rows], paired[rows] = rows.roll(1), len(rows) > 1
-    return index, paired
-
-
-# ---- world model: the other source of latent actions --------------------------------------------------------
+        return F.interpolate(x.flatten(0, -4), first.shape[-2:]).unflatten(0, x.shape[:-3]).clamp(0, 1)
 
 
 class InverseDynamics(nn.Module):
-    """z_k from the frames that it lies between, o_k and o_k+1, as in LAPA (Ye et al. 2024) or villa-X: the
-    paper's comparison (Table III). It sees the future, so a policy must then learn to predict its latents.
+    """Latent action z_k from the frames around it, o_k and o_k+1, as in LAPA (Ye et al. 2024): the paper's
+    comparison (Table III). It sees the future, so a policy must then learn to predict its latent actions.
 
-    config: the world model's. Bounded as the policies' are: standardised over the batch (padded pairs too, a
-    few at the ends of episodes), then tanh.
+    config: the world model's. Latents are bounded as in Policy.squash, padded steps included.
     """
 
     def __init__(self, config):
@@ -1251,93 +1130,146 @@ class InverseDynamics(nn.Module):
 
     def forward(self, images):
         """(B, n+1, 3V, H, W) uint8 -> (B, n, Z) in (-1, 1)."""
-        b, n = images.shape[0], images.shape[1] - 1
         x = images.float() / 255 - 0.5
         pairs = torch.cat([x[:, :-1], x[:, 1:]], 2).flatten(0, 1)                     # (B*n, 6V, H, W)
         z = self.out(self.encoder(pairs.contiguous(memory_format=torch.channels_last)))
-        return torch.tanh(self.norm(z)).view(b, n, -1)
+        return torch.tanh(self.norm(z)).unflatten(0, (len(images), -1))
 
 
-# ---- 6 chunk execution -----------------------------------------------------------------------------------
+def shuffled_within(groups, generator):
+    """Random permutation that gives each row another row of its own group: groups (B,) int -> index (B,) int,
+    has another row (B,) bool."""
+    index, paired = torch.arange(len(groups)), torch.zeros(len(groups), dtype=torch.bool)
+    for group in groups.unique():
+        rows = (groups == group).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        index[rows], paired[rows] = rows.roll(1), len(rows) > 1
+    return index, paired
+
+
+# ---- chunk execution --------------------------------------------------------------------------------------
 
 
 class ActionChunker:
-    """Chunks of n actions -> one action per step. No state lives in the policy: reset() before every episode.
+    """Turns chunks of n actions into one action per control step. Call reset() before every episode.
 
-    execute = h     ask the policy every h steps and execute the first h of n, open loop
-    execute = None  ask at every step and average what all live chunks say about now (temporal ensembling, ACT
-                    / BAKU): weight exp(-decay * i), i = 0 for the oldest. UPSTREAM: decay 0, a plain mean.
+    execute = h     ask the policy every h steps and execute the first h actions of the chunk, open loop
+    execute = None  ask at every step and average all chunks that cover it (temporal ensembling, as in ACT and
+                    BAKU), with weights exp(-decay * i), i = 0 for the oldest. UPSTREAM: decay 0
     """
 
     def __init__(self, chunk, execute=None, decay=0.01):
         if execute is not None and not 1 <= execute <= chunk:
-            raise InputError(f"--execute takes 1 to {chunk} (the policy's chunk length), got {execute}")
+            raise InputError(f"--execute must be 1 to {chunk}, the policy's chunk length; got {execute}")
         self.chunk, self.execute, self.decay = chunk, execute, decay
         self.reset()
 
     def reset(self):
-        self.live = []          # [chunk (n, A), age], oldest first
-
-    def step(self, ask):
-        """ask() -> (n, A) is called only when a new chunk is needed. -> action (A,)."""
-        if self.asks:
-            self.live.append([np.asarray(ask()), 0])
-        now = np.stack([c[age] for c, age in self.live])                              # (live chunks, A)
-        weights = np.exp(-self.decay * np.arange(len(now)))
-        self.live = [[c, age + 1] for c, age in self.live if age + 1 < (self.execute or self.chunk)]
-        return (weights[:, None] * now).sum(0) / weights.sum()
+        self.live = []          # [chunk (n, A), age in steps], oldest first
 
     @property
     def asks(self):
-        """Whether the next step() will ask for a chunk: an observation is needed for that alone."""
+        """Whether the next step() will ask for a chunk, and so needs an observation."""
         return self.execute is None or not self.live
 
+    def step(self, ask):
+        """-> action (A,). ask() -> (n, A) is called only when a new chunk is needed."""
+        if self.asks:
+            self.live.append([np.asarray(ask()), 0])
+        now = np.stack([chunk[age] for chunk, age in self.live])                      # (live chunks, A)
+        weights = np.exp(-self.decay * np.arange(len(now)))
+        self.live = [[chunk, age + 1] for chunk, age in self.live if age + 1 < (self.execute or self.chunk)]
+        return (weights[:, None] * now).sum(0) / weights.sum()
 
-# ---- 7 probes ---------------------------------------------------------------------------------------------
+
+# ---- linear probe -----------------------------------------------------------------------------------------
 
 
 def ridge_probe(X, Y, X_test, episode, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
-    """Linear probe: ridge regression of X (N, dx) to Y (N, dy), both float64 -> predictions (N_test, dy).
+    """Linear probe by ridge regression: X (N, dx), Y (N, dy), X_test (M, dx) -> predictions (M, dy).
 
-    Columns are standardised on the training rows. The ridge is chosen by cross-validation over the episodes
-    that the rows belong to, episode (N,): rows of one episode resemble each other and must not be split. All
-    ridges share one eigendecomposition X'X = V diag(l) V': w = V (V'X'Y / (l + ridge * N)). With a single
-    episode there is nothing to validate on; the ridge is then 1.
+    Columns are standardised with the training rows. episode (N,) names the episode of each row. The ridge is
+    chosen by 5-fold cross-validation over episodes, never over rows, since the rows of an episode are alike.
+    With a single episode there is nothing to validate on, and the ridge is 1.
     """
     mean_x, mean_y, std_x, std_y = X.mean(0), Y.mean(0), X.std(0), Y.std(0)
-    std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column says nothing: it becomes 0
-    std_y = np.where(std_y > 1e-8, std_y, 1)
-    x, y = (X - mean_x) / std_x, (Y - mean_y) / std_y
+    std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column becomes 0
+    x, y = (X - mean_x) / std_x, Y - mean_y
 
     def solve(x, y, ridges):
+        """w = (x'x + ridge N)^-1 x'y = V (l + ridge N)^-1 V'x'y for all ridges, with x'x = V diag(l) V'."""
         l, V = np.linalg.eigh(x.T @ x)
         Vxy = V.T @ (x.T @ y)
         return [V @ (Vxy / (l.clip(min=0) + ridge * len(x))[:, None]) for ridge in ridges]
 
-    episodes, which = np.unique(episode, return_inverse=True)
-    ridge = 1.0
-    if len(episodes) > 1:
-        count = min(5, len(episodes))
-        fold = (np.random.default_rng(0).permutation(len(episodes)) % count)[which]                 # (N,)
+    episodes, number = np.unique(episode, return_inverse=True)
+    folds, ridge = min(5, len(episodes)), 1.0
+    if folds > 1:
+        fold = np.random.default_rng(0).permutation(len(episodes))[number] % folds    # (N,)
         errors = np.zeros(len(ridges))
-        for k in range(count):
+        for k in range(folds):
             weights = solve(x[fold != k], y[fold != k], ridges)
-            errors += [((y[fold == k] - x[fold == k] @ w) ** 2).sum() for w in weights]
+            errors += [(((y - x @ w)[fold == k] / np.maximum(std_y, 1e-8)) ** 2).sum() for w in weights]
         ridge = ridges[int(errors.argmin())]
-    return ((X_test - mean_x) / std_x) @ solve(x, y, [ridge])[0] * std_y + mean_y
+    return (X_test - mean_x) / std_x @ solve(x, y, [ridge])[0] + mean_y
 
 
 def r_squared(predicted, true):
-    """Share of the variance that is predicted: (N, dy), (N, dy) -> (dy,); nan where true is constant."""
-    varies, total = true.std(0) > 1e-8, ((true - true.mean(0)) ** 2).sum(0)
-    return np.where(varies, 1 - ((true - predicted) ** 2).sum(0) / np.where(varies, total, 1), np.nan)
+    """R2 of each column: (N, dy), (N, dy) -> (dy,); nan where `true` is constant."""
+    variance = np.where(true.std(0) > 1e-8, true.var(0), np.nan)
+    return 1 - ((true - predicted) ** 2).mean(0) / variance
 
 
-# ---- 7 checkpoints ---------------------------------------------------------------------------------------
+# ---- run bookkeeping: errors, files, checkpoints, run folders ---------------------------------------------
+
+
+class InputError(ValueError):
+    """The user's input cannot be used. One line: what was expected, what came, what to type."""
+
+
+def run(main):
+    """Call main(). An error that the user can fix becomes one line on stderr and exit status 2 (Ctrl-C: 130).
+    Any other exception is a bug and keeps its traceback."""
+    try:
+        return main()
+    except InputError as e:
+        message, status = str(e), 2
+    except KeyboardInterrupt:
+        message, status = "stopped by the keyboard; finished work is kept, continue it with --resume", 130
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+                           errno.EISDIR, errno.EEXIST, errno.EFBIG):
+            raise
+        message, status = (f"cannot read or write {e.filename or 'a file'}: {e.strerror}; finished work is "
+                           "kept: make room or choose another --out, then continue with --resume"), 2
+    for bar in list(getattr(tqdm, "_instances", ())):       # the line must not follow an unfinished bar
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description and adds "(default: X)" to every option that has a default,
+    unless its help text mentions the default itself."""
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        if not action.option_strings or "default" in text or any(
+                default is nothing for nothing in (None, False, argparse.SUPPRESS)):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+def at_least(args, low, *names):
+    """InputError for the first of these flags that is less than `low`; None counts as not given."""
+    for name in names:
+        if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be {low} or more, got {getattr(args, name)}")
 
 
 def write_atomically(path, data):
-    """Bytes to path.tmp, then moved: a reader sees the old file or the new one. OSError (disk full)."""
+    """Write bytes to path.tmp, then rename it: a reader sees either the old file or the new one. OSError."""
     tmp = Path(f"{path}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -1351,21 +1283,20 @@ def write_atomically(path, data):
 
 
 def write_json(path, value):
-    """Plain JSON with sorted keys, atomically: the same content is the same bytes."""
+    """Write JSON atomically, with sorted keys, so that equal values give equal files."""
     write_atomically(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path):
-    """Content of a JSON file. InputError when it is not one; OSError when it cannot be read."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not a JSON file ({error}): fetch or make it again") from None
+    """-> the value in a JSON file. InputError when it holds no JSON, OSError when it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path} is not a JSON file ({e}): fetch it or make it again") from None
 
 
 def append_line(path, line):
-    """Append a dict to a .jsonl file; it is on the disk when this returns."""
+    """Append a dict to a .jsonl file. The line is on the disk when this returns."""
     with open(path, "a") as f:
         f.write(json.dumps(line) + "\n")
         f.flush()
@@ -1373,62 +1304,53 @@ def append_line(path, line):
 
 
 def read_lines(path):
-    """Lines of a .jsonl file -> [dict]; no file, no lines. InputError for a line that is not JSON.
+    """-> the lines of a .jsonl file as a list of dicts, empty if there is no file. InputError for a bad line.
 
-    A process that was killed may have left half a line at the end: it is cut off the file, too.
+    A process that is killed may leave an incomplete last line: it is removed from the file.
     """
-    path = Path(path)
-    raw = path.read_bytes() if path.exists() else b""
+    raw = Path(path).read_bytes() if Path(path).exists() else b""
     whole = raw[:raw.rfind(b"\n") + 1]
     if whole != raw:
-        with open(path, "r+b") as f:
-            f.truncate(len(whole))
+        os.truncate(path, len(whole))
     lines = []
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            raise InputError(f"{path} line {number} is not JSON: --overwrite, or another --out") from None
+            raise InputError(f"{path} line {number} is not JSON: start again with --overwrite") from None
     return lines
 
 
-def check_free(folder, held, args):
-    """InputError when `held` says that the output folder is in use, and neither --resume nor --overwrite."""
-    if held and not (args.resume or args.overwrite):
-        raise InputError(f"{folder} is in use: --resume continues what is there, --overwrite replaces it, "
-                         "--out names another folder")
+def file_hash(path):
+    """-> the first 12 hexadecimal digits of the file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
-def check_same(where, before, now, free=()):
-    """InputError that names the first setting in which two dicts differ, but for the names in `free`."""
-    def short(value):
-        return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-
-    for name in sorted((before.keys() | now.keys()) - set(free)):
-        if before.get(name) != now.get(name):
-            raise InputError(f"{where} was made with {name} {short(before.get(name))}, now it is "
-                             f"{short(now.get(name))}: --resume needs the same settings, --overwrite starts "
-                             "afresh, --out names another folder")
+def markdown_table(rows):
+    """Rows of strings, the first one the heading -> Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a dict of plain data and tensors, atomically; it loads with weights_only."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)           # to memory: torch's own writer hides that the disk is full
+    """Write a dict of tensors and plain data atomically."""
+    buffer = io.BytesIO()                       # torch.save to a file would hide that the disk is full
+    torch.save(checkpoint, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path):
-    """-> dict. InputError names the file when it is absent or not one of ours; nothing in it is executed."""
+    """-> dict. InputError when there is no file or it is no checkpoint. Nothing in the file is executed."""
     if not Path(path).is_file():
-        raise InputError(f"no checkpoint at {path}: run the stage before this one, or name it")
+        raise InputError(f"no checkpoint at {path}: run the stage before this one, or give its path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         stage, config = checkpoint["stage"], checkpoint["config"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError,
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as e:
-        raise InputError(f"{path} is not a checkpoint of this project: expected the last.pt of pretrain.py "
-                         f"or finetune.py ({type(e).__name__} while loading)") from e
+        raise InputError(f"{path} is not a checkpoint: expected the last.pt of pretrain.py or finetune.py "
+                         f"({type(e).__name__})") from e
     assert stage in ("pretrain", "finetune"), stage
     if "text_encoder" not in config:
         raise InputError(f"{path} was written by an older version of this project: train it again")
@@ -1436,20 +1358,17 @@ def load_checkpoint(path):
 
 
 def load_policy(path, device="cpu", stage=None):
-    """-> policy in eval mode, checkpoint. The architecture is the file's; weights must fit it. InputError.
-
-    stage  "pretrain" or "finetune": which of the two it must be, None = either
-    """
+    """-> policy in eval mode, checkpoint. InputError when the weights do not fit or are not finite, or when
+    `stage` ("pretrain", "finetune" or None for both) is not the checkpoint's."""
     checkpoint = load_checkpoint(path)
     if stage not in (None, checkpoint["stage"]):
-        raise InputError(f"{path} has been finetuned on actions: give a checkpoint of pretrain.py"
-                         if stage == "pretrain" else
-                         f"{path} has been pretrained on video and has no actions yet: "
-                         f"python finetune.py --init {path}")
+        raise InputError(f"{path} was finetuned on actions: give a checkpoint of pretrain.py"
+                         if stage == "pretrain" else f"{path} was pretrained and has no actions yet: finetune "
+                         f"it first, python finetune.py --init {path}")
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
-        raise InputError(f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): "
-                         "its training diverged, train again")
+        raise InputError(f"{path} has NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its "
+                         "training diverged, train it again")
     policy = make_policy(checkpoint["config"])
     fit = policy.load_state_dict(checkpoint["policy"], strict=False)
     if fit.missing_keys or fit.unexpected_keys:
@@ -1461,60 +1380,71 @@ def load_policy(path, device="cpu", stage=None):
 def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
-    Only what finetuning must add may be new (last layer, further cameras, proprioception, normalisation),
-    only the latent layer may be left over; all else means another architecture: InputError with the names.
-    UPSTREAM: the release copies the last layer, too, when the widths agree; it skips what does not fit with a
-    warning, and on errors it silently starts from scratch.
+    New may be the last layer, normalisation, style, further cameras and proprioception; unused may be the old
+    last layer. InputError for anything else, which means another architecture.
+    UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
+    not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
     def named(key, *prefixes):
         return any(part.startswith(prefixes) for part in key.split("."))
 
     own = policy.state_dict()
-    # Never taken over: what touches actions, whose number and units may be others.
-    reinit = [k for k in own if named(k, "action_in", "action_out", "action_norm", "style_action_in")]
-    loaded = [k for k in own if k in weights and k not in reinit and own[k].shape == weights[k].shape]
-    new = [k for k in own if k not in loaded]
-    unused = [k for k in weights if k not in loaded]
-    wrong = [k for k in new if not named(k, "action_", "proprio_", "camera_", "style_")
-             or (k in weights and k not in reinit)]
-    wrong += [k for k in unused if not named(k, "latent_", "action_", "style_") and k not in wrong]
+    # What touches actions is never copied: their number and units may differ.
+    fresh = [k for k in own if named(k, "action_in", "action_out", "action_norm", "style_action_in")]
+    loaded = [k for k in own if k in weights and k not in fresh and own[k].shape == weights[k].shape]
+    new, unused = [k for k in own if k not in loaded], [k for k in weights if k not in loaded]
+    wrong = [k for k in new if k not in fresh and (k in weights or not named(
+        k, "action_", "proprio_", "camera_", "style_"))]
+    wrong += [k for k in unused if k not in new and not named(k, "latent_", "action_", "style_")]
     if wrong:
-        k = wrong[0]
-        shapes = [tuple(w[k].shape) if k in w else "absent" for w in (weights, own)]
-        raise InputError(f"{path} is of another architecture: {len(wrong)} tensors do not fit, first {k}: "
-                         f"{shapes[0]} in the file, {shapes[1]} here")
+        theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))
+        raise InputError(f"{path} has another architecture: {len(wrong)} tensors do not fit; {wrong[0]} is "
+                         f"{theirs} in the file, {ours} here")
     policy.load_state_dict({**own, **{k: weights[k] for k in loaded}})
     return {"loaded": loaded, "new": new, "unused": unused}
 
 
-# ---- 8 runs ----------------------------------------------------------------------------------------------
+def check_free(folder, held, args):
+    """InputError when the folder is in use (`held`) and args has neither resume nor overwrite."""
+    if held and not (args.resume or args.overwrite):
+        raise InputError(f"{folder} is in use: --resume continues what is there, --overwrite replaces it, "
+                         "--out names another folder")
+
+
+def check_same(where, before, now, free=()):
+    """InputError that names the first setting, except those in `free`, in which two dicts differ."""
+    for name in sorted((before.keys() | now.keys()) - set(free)):
+        if before.get(name) != now.get(name):
+            was, is_ = (text if len(text) <= 60 else text[:57] + "..."
+                        for text in (repr(before.get(name)), repr(now.get(name))))
+            raise InputError(f"{where} was made with {name} {was}, now it is {is_}: --resume needs the same "
+                             "settings; --overwrite starts again, --out names another folder")
 
 
 def open_run(args, free):
-    """May the run folder args.out be used? -> checkpoint to go on from, or None (fresh run). Writes nothing.
+    """-> the checkpoint in args.out to continue from, or None for a new run. InputError when the folder is in
+    use, or when --resume comes with other flags than the run had, except those in `free`. Writes nothing.
 
-    A run that exists is never overwritten unless --overwrite says so. --resume takes the same flags as the
-    run it goes on with, but for the names in `free`, which change no result. The device and the number of
-    threads do: sums are added up in another order. On a CPU the result is the same to the bit; some CUDA
-    kernels are not deterministic.
+    A resumed run gives the same result as an uninterrupted one: to the bit on a CPU with the same number of
+    threads; some CUDA kernels are not deterministic.
     """
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():
         checkpoint = load_checkpoint(last)
-        before, now = ({"--" + name.replace("_", "-"): value for name, value in flags.items()
-                        if name not in free} for flags in (checkpoint["args"], vars(args)))
+        before, now = ({"--" + k.replace("_", "-"): v for k, v in flags.items() if k not in free}
+                       for flags in (checkpoint["args"], vars(args)))
         check_same(last, before, now)
         return checkpoint
     if args.resume and not out.exists():
         raise InputError(f"nothing to resume in {out}: leave --resume out, or name the run with --out")
-    check_free(out, any((out / name).exists() for name in ("last.pt", "metrics.jsonl")), args)
+    check_free(out, last.exists() or (out / "metrics.jsonl").exists(), args)
     return None
 
 
 class Log:
-    """One line per call: on the screen, in metrics.jsonl and to TensorBoard.
+    """Metrics of a run: each call prints one line and adds it to metrics.jsonl and to TensorBoard.
 
-    Opening it begins the run: at step 0 the files of an earlier run go, later only the lines after `start`.
+    A new run (start = 0) deletes the files of an earlier one; a resumed run deletes lines after step `start`.
     """
 
     def __init__(self, out, start):
@@ -1535,136 +1465,74 @@ class Log:
         tqdm.write(f"step {step:6,} | " + " | ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
 
 
+def pick_device(name):
+    """Name of a device -> torch.device. InputError when this machine does not have it."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"no device {name!r} here ({str(e).splitlines()[0][:80]}): use --device cpu") from e
+
+
 def to_device(tree, device):
-    """Nested dict of tensors -> the same on the device; what is no tensor (words) stays as it is."""
+    """Nested dict -> the same with its tensors on the device; instructions, which are words, stay."""
     if isinstance(tree, dict):
         return {k: to_device(v, device) for k, v in tree.items()}
     return tree.to(device, non_blocking=True) if isinstance(tree, torch.Tensor) else tree
 
 
-def by_position(obs, cameras):
-    """The same observation with its cameras under the policy's names. They go by position: camera 0 is the
-    main view in every dataset, whatever it is called there."""
-    return {**obs, "images": dict(zip(cameras, obs["images"].values()))}
-
-
-def at_least(args, low, *names):
-    """InputError for the first of these flags that is smaller than low."""
-    for name in names:
-        if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} takes {low} or more, got {getattr(args, name)}")
-
-
-def pick_device(name):
-    """Name of a device -> torch.device. InputError when this machine does not have it."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"no device {name!r} here ({str(e).splitlines()[0][:80]}): --device cpu") from e
-    return device
-
-
-def policy_numbers(policy, size):
-    """Widths and depths of a named size of a policy, from its SIZES. InputError names those there are."""
-    sizes = POLICIES[policy].SIZES
-    if size not in sizes:
-        raise InputError(f"--policy-size of {policy} is one of {', '.join(sizes)}; got {size}")
-    return sizes[size]
-
-
-def probe_r2(x_train, y_train, x_test, y_test, ridge=1e-2):
-    """Linear probe: ridge regression x (N, dx) -> y (N, dy), R2 per column of y on the test rows -> (dy,).
-
-    Columns are standardised on the training rows; columns of y that are constant there come back as nan.
-    """
-    mx, sx, my, sy = x_train.mean(0), x_train.std(0) + 1e-8, y_train.mean(0), y_train.std(0)
-    x, y = (x_train - mx) / sx, (y_train - my) / np.where(sy > 1e-8, sy, 1)
-    w = np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
-    residual = (y_test - my) / np.where(sy > 1e-8, sy, 1) - ((x_test - mx) / sx) @ w
-    total = ((y_test - y_test.mean(0)) / np.where(sy > 1e-8, sy, 1)) ** 2
-    varies = (sy > 1e-8) & (total.sum(0) > 1e-8)
-    return np.where(varies, 1 - (residual ** 2).sum(0) / np.where(varies, total.sum(0), 1), np.nan)
-
-
-def file_hash(path):
-    """First 12 hex digits of the file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
 def provenance():
-    """Where a number comes from: command, commit (with "+" if the tree has changes), versions, machine."""
+    """Where a result comes from: command, commit ("+": with uncommitted changes), versions, machine."""
     def git(*args):
-        if not shutil.which("git"):
-            return ""
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args],
-                              capture_output=True, text=True).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout
+        return (found or "").strip()
+
+    changed = "+" if git("status", "--porcelain", "-uno") else ""
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": ((git("rev-parse", "--short", "HEAD") or "unknown")
-                       + ("+" if git("status", "--porcelain", "-uno") else "")),
+            "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed,
             "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
                        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"}
 
 
-def markdown_table(rows):
-    """Rows of strings, the first one the heading -> a Markdown table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+def policy_numbers(policy, size):
+    """The entry of a policy's SIZES. InputError when it has no such size."""
+    sizes = POLICIES[policy].SIZES
+    if size not in sizes:
+        raise InputError(f"--policy-size of {policy} is one of {', '.join(sizes)}, got {size}")
+    return sizes[size]
 
 
 def count(module):
-    """Number of trainable parameters."""
+    """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
-# Parameters of what the release builds (baheytharwat/lawm at 18957d0, counted): ResNet with BatchNorm, dense
-# GRU, deeper decoder. DreamerV3's names are of whole agents: with actor, critic and reward.
-RELEASE = {("baku", "paper"): 7_712_006, ("diffusion", "paper"): 51_138_759,
-           ("world model", "1m"): 1_813_823, ("world model", "12m"): 28_942_451,
-           ("world model", "25m"): 65_100_843, ("world model", "50m"): 115_717_347,
-           ("world model", "100m"): 260_324_691, ("world model", "200m"): 462_764_483}
-
-
 def main():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def flops(module, call):
-        module.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
-            call()
-        return counter.get_total_flops() / 1e9
-
-    def line(kind, size, image_size, n, module, cost):
-        theirs = f"{RELEASE[kind, size] / 1e6:8.2f} M" if (kind, size) in RELEASE else f"{'-':>10s}"
-        parts = ", ".join(f"{name} {count(part) / 1e6:.2f}" for name, part in module.named_children()
-                          if count(part) > 0.05 * count(module))
-        print(f"{kind:12s} {size:6s} {image_size:4d} px {n:3d} {count(module) / 1e6:9.2f} M {theirs} "
-              f"{cost:9.3f}   {parts}")
-
-    print(f"{'model':12s} {'size':6s} {'image':>7s} {'n':>3s} {'parameters':>11s} {'release':>10s} "
-          f"{'GFLOP':>9s}   parts with more than 5 %, in millions")
-    for name, cls in POLICIES.items():              # one chunk of actions: two cameras and proprioception
-        for size, numbers in cls.SIZES.items():
-            image_size = 64 if size == "tiny" else 128
-            config = dict(policy=name, cameras=["front", "side"], image_size=image_size, chunk=cls.CHUNK,
-                          text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
-                          head="action", proprio_dropout=0.0, **numbers)
-            policy = make_policy(config).eval()
-            image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-            obs = {"images": {"front": image, "side": image}, "instruction": ["stack the cups"],
-                   "proprio": torch.zeros(1, 7)}
-            line(name, size, image_size, cls.CHUNK, policy, flops(policy, lambda: policy.act(obs)))
-    for size in WORLD_MODEL_SIZES:                  # the loss of a window of 10 steps, the paper's objective
-        image_size = 64 if size in ("tiny", "1m") else 128
-        with torch.device("meta"):
-            model = WorldModel(dict(size=size, image_size=image_size, action_dim=7, predict="posterior",
-                                    target="pixels", motion_weight=0, free_bits=1, decode_steps=0,
-                                    context_frame=True, views=1, dyn_scale=0.5, rep_scale=0.1))
-            frames = torch.zeros(1, 11, 3, image_size, image_size, dtype=torch.uint8)
-            cost = flops(model, lambda: model.losses(frames, torch.zeros(1, 10, 7)))
-        line("world model", size, image_size, 10, model, cost)
+    """Print the parameters of every size of every model; policies with two cameras and proprioception."""
+    # Of the release (baheytharwat/lawm at 18957d0), in millions: BatchNorm, a dense GRU, a deeper decoder.
+    release = {"baku paper": 7.71, "diffusion paper": 51.14, "world model 1m": 1.81, "world model 12m": 28.94,
+               "world model 25m": 65.10, "world model 50m": 115.72, "world model 100m": 260.32,
+               "world model 200m": 462.76}
+    rows = [("model", "image", "parameters", "release")]
+    with torch.device("meta"):                                                        # shapes without numbers
+        for name, size in [(name, size) for name, cls in POLICIES.items() for size in cls.SIZES]:
+            pixels = 64 if size == "tiny" else 128
+            policy = make_policy(dict(
+                policy=name, cameras=["front", "side"], image_size=pixels, chunk=POLICIES[name].CHUNK,
+                text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
+                head="action", proprio_dropout=0.0, **policy_numbers(name, size)))
+            rows.append((f"{name} {size}", f"{pixels} px", count(policy)))
+        for size in WORLD_MODEL_SIZES:
+            pixels = 64 if size in ("tiny", "1m") else 128
+            model = WorldModel(dict(
+                size=size, image_size=pixels, action_dim=7, predict="posterior", target="pixels",
+                motion_weight=0, free_bits=1, dyn_scale=0.5, rep_scale=0.1, decode_steps=0,
+                context_frame=True, views=1))
+            rows.append((f"world model {size}", f"{pixels} px", count(model)))
+    print(markdown_table([rows[0], *((name, pixels, f"{number / 1e6:.2f} M",
+                                      f"{release[name]:.2f} M" if name in release else "")
+                                     for name, pixels, number in rows[1:])]))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import robot  # noqa: E402
 
 
 def moving_square(seed, length=24, size=32):
-    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7) in pixels / 100,
+    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7): pixels / 100,
     proprio (T, 7)."""
     rng = np.random.default_rng(seed)
     position, frames, actions, proprio = rng.uniform(6, 26, 2), [], [], []
@@ -45,9 +45,10 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
         return {**episode, "actions": acts, "proprio": proprio} if actions else episode
 
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
-                 format_version=prepare_data.FORMAT_VERSION, alignment="pre", extra={}, proprio={"names": list("xy.....")} if actions else None,
-                 action={"names": "x y . . . . side".split(), "units": "pixels / 100",
-                         "delta": robot.ACTION["delta"]} if actions else None)
+                 format_version=prepare_data.FORMAT_VERSION, alignment="pre", extra={},
+                 proprio={"names": list("xy.....")} if actions else None,
+                 # The square's numbers pass for those of the twin, so that a policy of it may act there.
+                 action={**robot.ACTION, "names": "x y . . . . side".split()} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
     shard = str(folder / "00000.h5")
