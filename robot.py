@@ -639,6 +639,7 @@ class RealmanArm:
                     if code == 1:
                         self.stop("gripper: command refused")
                     self.grip_sent = self.grip_sent if code else wanted
+                    silent = silent if code else 0
                 if not code:
                     code, answer = self.arm.rm_get_gripper_state()
                 silent = silent + 1 if code else 0

@@ -137,7 +137,7 @@ class Controller:
         """silent: executes, says nothing | late: all is heard and said `value` s late | refuse: moves and
         stops are answered with false, frames ignored | drop: closes the connection, takes no other |
         error: `value` becomes the error code, the arm stops | stuck: the joints do not follow |
-        gripper: questions to the gripper are answered `value` s late
+        gripper: questions about its state are answered `value` s late |
         frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log"""
         self.note(fault=name, value=value)
         if name == "error":

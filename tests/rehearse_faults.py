@@ -1,10 +1,12 @@
-"""Everything that can go wrong while the arm moves, one after the other: does it stop, how soon, and why.
+"""Everything that can go wrong while the arm moves, one fault after the other: does it stop, how soon, and
+why?
 
-    python tests/rehearse_faults.py                 # a table, 2 min; --only 'camera;SIGINT' for some of it
+    python tests/rehearse_faults.py                 # a table, 3 min; --only 'camera;SIGINT' for some of it
 
 The arm is driven in circles through the vendor's library against the fake controller; then a fault is
 injected. "ticks" are control steps (50 ms) from the fault to the last motion of the twin's joints (more than
-0.5 degrees/s), from the controller's own log; a fault that the arm itself does not feel ends in "stopped".
+0.5 degrees/s), "stop" the milliseconds from the fault to the arrival of the stop message. Both come from the
+controller's own log.
 """
 import argparse
 import json
@@ -28,7 +30,7 @@ from models import InputError  # noqa: E402
 from robot import (CONTROL_HZ, ArmEnv, ArmStopped, EpisodeAborted, Keys, RealmanArm, Rehearsal,  # noqa: E402
                    on_signal, open_cameras)
 
-# name: (what is told to the controller or done here, beginnings of the reason that may be given)
+# name: (what the controller is told or what is done here, possible beginnings of the reason that is given)
 FAULTS = {
     "controller silent": (("silent",), ("state", "gripper")),
     "controller late by 0.5 s": (("late", 0.5), ("state", "gripper")),
@@ -37,6 +39,8 @@ FAULTS = {
     "error 0x100D, collision": (("error", 0x100D), ("controller: error 4109",)),
     "error 0x1002, joint limit": (("error", 0x1002), ("controller: error 4098",)),
     "joints stuck": (("stuck",), ("lag",)),
+    "gripper silent": (("gripper", 60), ("gripper: no answer, 4 times",)),
+    "gripper late, space bar": ("late key", ("stopped by the space bar",)),
     "camera frozen": (("frozen", "front"), ("camera front: frozen",)),
     "camera unplugged": (("unplugged", "side"), ("camera side: unplugged",)),
     "camera black": (("black", "front"), ("camera front: dark",)),
@@ -51,8 +55,8 @@ FAULTS = {
 }
 
 
-# Each fault has its own two processes, forked from this one, which has loaded all but neither the vendor's
-# library nor OpenGL: a library that hangs is killed, and no fault inherits what another one left behind.
+# Each fault has two processes of its own, forked from this one, which has loaded neither the vendor's library
+# nor OpenGL. A library that hangs can then be killed, and no fault inherits what another one left behind.
 processes = multiprocessing.get_context("fork")
 
 
@@ -73,20 +77,23 @@ class Fake:
         self.process.kill()
         self.process.join()
 
-    def ticks(self):
-        """Control steps from the fault (or mark) to the last motion after it, and whether all is still."""
+    def measure(self):
+        """-> control steps from the last fault (or mark) to the last motion, whether all is still then, and
+        the milliseconds until a stop message came (None: none came)."""
         rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
         at = max((row["t"] for row in rows if "fault" in row), default=None)
         if at is None:              # something else ended it before: this machine is too busy
-            return None, False
-        plant = [(row["t"], row["q"]) for row in rows if "q" in row and row["t"] > at - 0.3]
-        t, q = np.array([p[0] for p in plant]), np.array([p[1] for p in plant])
+            return None, False, None
+        t, q = (np.array(x) for x in zip(*((row["t"], row["q"]) for row in rows
+                                           if "q" in row and row["t"] > at - 0.3)))
+        stop = next((1000 * (row["t"] - at) for row in rows if row["t"] > at
+                     and row.get("m", {}).get("command", "").endswith("stop")), None)
         speed = np.abs(q[5:] - q[:-5]).max(1) / (t[5:] - t[:-5])         # degrees/s, over 50 ms
         if not (speed[t[5:] < at] > 5).any():
-            return None, False      # it did not move when the fault came
+            return None, False, stop        # it did not move when the fault came
         moving = t[5:][(speed > 0.5) & (t[5:] > at)]
-        still = not len(moving) or t[-1] - moving[-1] > 0.3
-        return (float((moving[-1] - at) * CONTROL_HZ) if len(moving) else 0.0), bool(still)
+        last = moving[-1] if len(moving) else at
+        return float((last - at) * CONTROL_HZ), bool(t[-1] - last > 0.3 or not len(moving)), stop
 
 
 def serve(link, log):
@@ -139,15 +146,17 @@ def second(port, answer):
 
 
 def attempt(fake, name, answer):
-    """Drives, and after a second the fault. Puts the reason of the end into `answer`."""
+    """Drives, and after a second causes the fault. Puts the reason of the end into `answer`."""
     fault, master = FAULTS[name][0], None
 
     def act(i, arm):
+        if i == 13 and fault == "late key":         # when the key comes, two questions are unanswered
+            fake.fault("gripper", 0.5)
         if i == 20:
             fake.fault(*(fault if isinstance(fault, tuple) else ("mark",)))
             if fault in ("int", "term"):
                 os.kill(os.getpid(), signal.SIGINT if fault == "int" else signal.SIGTERM)
-            elif fault == "key":
+            elif fault in ("key", "late key"):
                 os.write(master, b" ")
             elif fault == "slow":
                 time.sleep(1)
@@ -169,28 +178,27 @@ def attempt(fake, name, answer):
         one.kill()
         one.join()
         return answer.send("killed")
-    if fault == "key":
+    if fault in ("key", "late key"):
         master, slave = pty.openpty()
         sys.stdin = os.fdopen(slave, "r")
-    answer.send(drive(fake, 100, act, Keys if fault == "key" else None))
+    answer.send(drive(fake, 100, act, master and Keys))
 
 
 def rehearse(name, log):
-    """-> the row of the table. A driver that has not ended after 30 s hangs: it is killed, and said so."""
+    """-> the row of the table. A driver that has not ended after 30 s hangs: it is killed, and the row says
+    so."""
     fake, (mine, its) = Fake(log), processes.Pipe()
     driver = processes.Process(target=attempt, args=(fake, name, its))
-    begun = time.monotonic()
     driver.start()
     why = mine.recv() if mine.poll(30) else "HANGS"
     driver.join(5)
     exited = not driver.is_alive()
     driver.kill()
-    seconds = time.monotonic() - begun
     time.sleep(0.8)
-    ticks, still = fake.ticks()
+    ticks, still, stop = fake.measure()
     fake.close()
     return {"fault": name, "reason": why, "ticks": ticks and round(ticks, 1), "still": still,
-            "exited": exited, "seconds": round(seconds, 1), "expected": why.startswith(FAULTS[name][1])}
+            "stop_ms": stop and round(stop), "exited": exited, "expected": why.startswith(FAULTS[name][1])}
 
 
 def main():
@@ -199,21 +207,21 @@ def main():
     p.add_argument("--json", type=Path, help="write the rows there")
     args = p.parse_args()
     rows, wanted = [], [n for n in FAULTS if not args.only or n.startswith(tuple(args.only.split(";")))]
-    print(f"{'fault':28s}{'ticks':>6s}  {'still':6s}reason", flush=True)
+    print(f"{'fault':28s}{'ticks':>6s}  {'still':6s}{'stop':>6s}  reason", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
-            for number in range(3):
+            for number in range(3):         # again if it is not as expected: a busy machine is late for 100 Hz
                 row = rehearse(name, Path(folder, f"{name.split()[0]}-{number}.jsonl"))
-                if row["expected"] and row["still"] and row["exited"]:
-                    break               # else: it is said; once more, a busy machine is late for 100 Hz
-                print(f"once more    {name}: {row}", flush=True)
-            rows.append(row)
-            print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}{row['reason']}"
-                  + "   <-- NOT EXPECTED" * (not row["expected"]) + "   <-- NOT ENDED" * (not row["exited"]),
-                  flush=True)
+                good = row["expected"] and row["still"] and row["exited"]
+                print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}"
+                      f"{row['stop_ms'] or '-':>6}  {row['reason']}" + "  <-- NOT EXPECTED" * (not good),
+                      flush=True)
+                if good:
+                    break
+            rows.append({**row, "good": good})
     if args.json:
         args.json.write_text(json.dumps(rows))
-    sys.exit(not all(row["expected"] and row["still"] and row["exited"] for row in rows))
+    sys.exit(not all(row["good"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What robot.py claims about the real arm, rehearsed: the vendor's library, a controller that is not there.
+"""What robot.py claims about the real arm, rehearsed: the vendor's library and a fake controller.
 
 Whatever loads the vendor's library runs in a process of its own with a time limit: some of its calls never
 return, and no signal reaches Python while they do not.
 """
 import importlib.util
+import itertools
 import json
 import os
 import pty
@@ -22,15 +23,15 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 import robot
-from models import InputError
-from prepare_data import EpisodeDataset
+from models import POLICIES, InputError, make_policy, read_lines, save_checkpoint
 from rehearse_faults import FAULTS
-from robot import (ArmStopped, HOME, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN, TOOL_DOWN,
-                   WORKSPACE, Camera, Clutch, Gate, KeyboardTeleop, QuestTeleop, Reading, Refused, clearance,
-                   RealmanArm, inverse_kinematics, path_home, tool_pose)
+from robot import (ACTION, HOME, HOME_JOINTS, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN,
+                   PROPRIO, PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, KeyboardTeleop,
+                   QuestTeleop, RealmanArm, Refused, check_fit, clearance, inverse_kinematics, path_home, tool_pose)
 
 ROOT = Path(robot.__file__).parent
 
@@ -59,9 +60,9 @@ needs_gl = pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable",
 
 @pytest.fixture
 def gate():
-    """A gate whose tool stands at home."""
+    """A gate whose tool is at HOME."""
     gate = Gate()
-    gate.hold(inverse_kinematics(HOME, TOOL_DOWN, robot.HOME_JOINTS)[0])
+    gate.hold(inverse_kinematics(HOME, TOOL_DOWN, HOME_JOINTS)[0])
     return gate
 
 
@@ -74,7 +75,7 @@ from robot import *
 algo = Algo(rm_robot_arm_model_e.RM_MODEL_RM_65_E, rm_force_type_e.RM_MODEL_RM_B_E)
 near = inverse_kinematics(HOME, TOOL_DOWN, HOME_JOINTS)[0]
 rng, worst, solved, disagree = np.random.default_rng(0), np.zeros(3), 0, 0
-while solved < 2000:
+while solved < 1000:
     tool = rng.uniform(*WORKSPACE)
     tool[:2] *= min(1, 0.98 * reach(tool[2]) / np.linalg.norm(tool[:2]))
     turn = Rotation.from_rotvec(rng.uniform(-0.3, 0.3, 3)).as_matrix() @ TOOL_DOWN
@@ -86,33 +87,40 @@ while solved < 2000:
     disagree += int(ours != (code == 0))
     if ours and code == 0:
         solved += 1
-        tip, flange = dh_forward(q)[:3, 3], dh_forward(q)[:3, :3]
+        flange = joint_frames(q)[-1]
         x = algo.rm_algo_forward_kinematics(np.degrees(q).tolist(), 0)          # m, quaternion w x y z
         worst = np.maximum(worst, [
-            np.abs(tip - x[:3]).max(), np.abs(np.radians(theirs[:6]) - q).max(),
-            np.linalg.norm(rotation_error(flange, Rotation.from_quat(np.roll(x[3:7], -1)).as_matrix()))])
-print(json.dumps([disagree, *worst.tolist()]))
+            np.abs(flange[:3, 3] - x[:3]).max(), np.abs(np.radians(theirs[:6]) - q).max(), np.linalg.norm(
+                rotation_error(flange[:3, :3], Rotation.from_quat(np.roll(x[3:7], -1)).as_matrix()))])
+hits, missed = 0, []
+for _ in range(3000):
+    q = rng.uniform(-1, 1, 6) * np.minimum(JOINT_LIMIT, 2.6)
+    if algo.rm_algo_safety_robot_self_collision_detection(np.degrees(q).tolist()):
+        hits += 1
+        missed += [np.degrees(q).round().tolist()] * int(clearance(q) > CLEARANCE)
+print(json.dumps([disagree, *worst.tolist(), hits, missed]))
 """
 
 
 @needs_sdk
-def test_forward_and_inverse_kinematics_agree_with_the_vendors():
-    """2,000 poses in the workspace, tilted by up to 0.3 rad about each axis; also on what is out of reach."""
+def test_kinematics_agree_with_the_vendors_and_its_self_collisions_are_never_clear():
+    """1,000 poses in the workspace, tilted by up to 0.3 rad about each axis; also which are out of reach. Our
+    capsules are coarser than the vendor's model, so they may only err on the safe side."""
     done = python("-c", VENDOR)
-    disagree, metres, joints, turn = json.loads(done.stdout.splitlines()[-1])
+    disagree, metres, joints, turn, hits, missed = json.loads(done.stdout.splitlines()[-1])
     assert disagree == 0 and metres < 1e-6 and turn < 1e-5 and joints < 1e-5, (metres, turn, joints)
+    assert hits > 20 and not missed, (hits, missed[:3])
 
 
-def test_inverse_kinematics_says_how_far_it_is_from_a_pose_out_of_reach():
-    _, residual = inverse_kinematics(np.array([1.2, 0, 0.3]), TOOL_DOWN, robot.HOME_JOINTS)
-    assert residual > 0.1
+def test_inverse_kinematics_tells_how_far_it_is_from_a_pose_out_of_reach():
+    assert inverse_kinematics(np.array([1.2, 0, 0.3]), TOOL_DOWN, HOME_JOINTS)[1] > 0.1
 
 
 # ---- the gate ----
 
 @pytest.mark.parametrize("action", [None, "left", np.zeros(6), np.full(7, np.nan),
                                     [0, 0, 0, 0, np.inf, 0, 1], [0.5, 0, 0, 0, 0, 0, 1]], ids=str)
-def test_what_is_no_sane_action_is_refused_and_changes_nothing(gate, action):
+def test_an_invalid_action_is_refused_and_changes_nothing(gate, action):
     before = gate.q.copy(), gate.position.copy()
     with pytest.raises(Refused):
         gate(action, gate.q)
@@ -124,7 +132,7 @@ def test_a_large_step_is_shortened_and_what_is_executed_is_what_the_target_did(g
     start, turn = gate.position.copy(), gate.turn.copy()
     q, executed = gate([0.1, 0.1, 0, 0, 0, 0.3, 0.7], gate.q)
     assert np.linalg.norm(executed[:3]) == pytest.approx(MAX_STEP, rel=1e-3)
-    assert np.linalg.norm(executed[3:6]) == pytest.approx(MAX_TURN, rel=0.3)      # the joint step rules
+    assert np.linalg.norm(executed[3:6]) == pytest.approx(MAX_TURN, rel=0.3)      # limited by the joint step
     assert np.allclose(tool_pose(q)[0] - start, executed[:3], atol=1e-6) and executed[6] == 1
     assert np.allclose(Rotation.from_rotvec(executed[3:6]).as_matrix() @ turn, tool_pose(q)[1], atol=1e-6)
     assert np.abs(q - inverse_kinematics(start, turn, q)[0]).max() <= MAX_JOINT_STEP + 1e-9
@@ -137,7 +145,7 @@ def test_the_tool_never_leaves_the_box_and_its_target_does_not_wind_up(gate, dir
         gate(push, gate.q)
     at = gate.position
     assert (at >= WORKSPACE[0] - 0.001).all() and (at <= WORKSPACE[1] + 0.001).all(), at
-    for _ in range(6):                                      # ... not 60, near the stretched arm too
+    for _ in range(6):                                      # not 60, also near the stretched arm
         gate(-push, gate.q)
     assert np.dot(gate.position - at, direction) < -MAX_STEP
 
@@ -149,16 +157,13 @@ def test_the_target_runs_ahead_of_a_blocked_arm_by_no_more_than_4_cm(gate):
     assert 0.035 < gate.position[1] - tool_pose(blocked)[0][1] < 0.041
 
 
-def test_joint_limits_are_kept_with_their_margin(gate):
-    """The wrist is turned on and on: before its limit of 360 degrees less 3 the gate refuses."""
-    turned = 0
+def test_joint_limits_keep_their_margin_and_the_tool_may_not_lean_far(gate):
+    turned, start = 0, gate.q
     with pytest.raises(Refused, match="joint limit"):
         for turned in range(400):
             gate([0, 0, 0, 0, 0, -MAX_TURN, 1], gate.q)
     assert turned > 20 and (np.abs(gate.q) <= JOINT_LIMIT - JOINT_MARGIN).all()
-
-
-def test_the_tool_may_not_lean_far(gate):
+    gate.hold(start)
     with pytest.raises(Refused, match="tilt"):
         for _ in range(40):
             gate([0, 0, 0, MAX_TURN, 0, 0, 1], gate.q)
@@ -166,39 +171,20 @@ def test_the_tool_may_not_lean_far(gate):
 
 
 def test_a_jump_to_another_branch_and_a_folded_arm_are_refused(gate):
-    other = gate.q + [0, 0, 0, 2.0, 0, 0]
     with pytest.raises(Refused, match="branch"):
-        gate.admit(other)
+        gate.admit(gate.q + [0, 0, 0, 2.0, 0, 0])
     folded = np.radians([0, -60, -132, 0, 0, 0])
     assert clearance(folded) < 0 < clearance(gate.q)
+    gate.hold(folded + np.radians([0, 8, 8, 0, 0, 0]))
+    with pytest.raises(Refused, match="collision"):
+        for _ in range(4):
+            gate.admit(gate.q + 0.25 * (folded - gate.q), robot.ABOVE)
 
 
-@needs_sdk
-def test_what_the_vendor_calls_a_self_collision_is_never_clear_here():
-    """Our capsules are coarser, so they may only err on the safe side."""
-    done = python("-c", """
-import json
-import numpy as np
-from Robotic_Arm.rm_robot_interface import *
-from robot import *
-algo = Algo(rm_robot_arm_model_e.RM_MODEL_RM_65_E, rm_force_type_e.RM_MODEL_RM_B_E)
-rng, missed, hits = np.random.default_rng(1), [], 0
-for _ in range(3000):
-    q = rng.uniform(-1, 1, 6) * np.minimum(JOINT_LIMIT, 2.6)
-    if algo.rm_algo_safety_robot_self_collision_detection(np.degrees(q).tolist()):
-        hits += 1
-        if clearance(q) > CLEARANCE:
-            missed.append(np.degrees(q).round().tolist())
-print(json.dumps([hits, missed]))""")
-    hits, missed = json.loads(done.stdout.splitlines()[-1])
-    assert hits > 20 and not missed, (hits, missed[:3])
-
-
-@pytest.mark.parametrize("place, lean", [((0.33, 0.15, 0.03), 0), ((0.12, -0.30, 0.03), 0),
-                                         ((0.22, 0.30, 0.03), 0), ((0.30, 0.10, 0.04), 0.8)])
+@pytest.mark.parametrize("place, lean", [((0.33, 0.15, 0.03), 0), ((0.12, -0.30, 0.03), 0), ((0.30, 0.10, 0.04), 0.8)])
 def test_the_way_home_goes_straight_up_first_and_never_fast(place, lean):
     turn = Rotation.from_rotvec([lean, 0, 0]).as_matrix() @ TOOL_DOWN
-    low, residual = inverse_kinematics(np.array(place), turn, robot.HOME_JOINTS)
+    low, residual = inverse_kinematics(np.array(place), turn, HOME_JOINTS)
     assert residual < 1e-6
     path = path_home(low)
     steps = np.abs(np.diff([low, *path], axis=0)).max(1)
@@ -210,57 +196,57 @@ def test_the_way_home_goes_straight_up_first_and_never_fast(place, lean):
 
 
 def test_where_the_tool_cannot_go_straight_up_there_is_no_way_home():
-    low, _ = inverse_kinematics(np.array([0.25, 0.34, 0.03]), TOOL_DOWN, robot.HOME_JOINTS)
+    low, _ = inverse_kinematics(np.array([0.25, 0.34, 0.03]), TOOL_DOWN, HOME_JOINTS)
     with pytest.raises(InputError, match="not free.*straight up.*by hand"):
         path_home(low)                                      # too far out: higher up is out of reach
 
 
+# ---- which checkpoints fit ----
+
+def finetuned(**changes):
+    """A finetuned checkpoint without weights, for the twin and the arm but for the changes."""
+    data = {"action": ACTION, "proprio": PROPRIO, "resize": "none", "instructions": [],
+            "mixture": [{"path": "data/robot", "fps": 20.0, "stride": 1}]} | changes
+    config = dict(policy="baku", cameras=["front", "side"], image_size=64, chunk=10, text_encoder="hash",
+                  proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True, head="action",
+                  proprio_dropout=0.0, **POLICIES["baku"].SIZES["tiny"])
+    return {"stage": "finetune", "step": 1, "config": config, "data": data}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"action": ACTION | {"delta": [False] * 7}}, "delta"), ({"action": ACTION | {"units": ["rad"] * 7}}, "units"),
+    ({"action": None}, "units"), ({"mixture": [{"path": "v", "fps": 20.0, "stride": 2}]}, "10 Hz")])
+def test_a_policy_of_other_actions_never_reaches_the_arm(tmp_path, changes, message):
+    """Absolute joint targets, for example, have seven numbers as well."""
+    checkpoint = finetuned()
+    check_fit("p", checkpoint, "the arm", robot.CAMERAS, PROPRIO_DIM, ACTION, 20)
+    path, wrong = tmp_path / "last.pt", finetuned(**changes)
+    save_checkpoint(path, {**wrong, "policy": make_policy(wrong["config"]).state_dict()})
+    with pytest.raises(InputError, match=message):
+        robot.main(["rollout", "--checkpoint", str(path)])
+
+
+def test_a_policy_of_other_cameras_or_proprioception_does_not_fit():
+    for cameras, width, message in ((("front",), 7, "cameras front, side"), (("front", "side"), 8, "proprio")):
+        with pytest.raises(InputError, match=message):
+            check_fit("p", finetuned(), "it", cameras, width, ACTION, 20)
+
+
 # ---- teleoperation ----
 
-def test_one_tap_of_a_key_is_one_step_and_every_episode_begins_with_an_open_gripper(gate):
-    class Taps:
-        left = list("wwa")
-
-        def get(self):
-            return self.left.pop(0) if self.left else None
-
-    keys, clutch, start = Taps(), Clutch(), gate.position.copy()
-    hand = KeyboardTeleop(keys)
+def test_a_key_is_one_step_and_every_episode_begins_with_an_open_gripper(gate):
+    taps, start = list("wwa"), gate.position.copy()
+    hand = KeyboardTeleop(Namespace(get=lambda: taps.pop(0) if taps else None))
+    hand.begin(0)
     for _ in range(3):
-        gate(clutch.action(hand.read(), gate)[0], gate.q)
-    assert np.allclose(gate.position - start, [0.010, 0.005, 0], atol=1e-4)
-    Taps.left = ["g"]
-    hand.read()
-    assert hand.read().gripper == 0 and KeyboardTeleop(keys).read().gripper == 1
-
-
-def hand(x=0.0, move=True, turn=0.0):
-    pose = np.eye(4)
-    pose[:3, 3], pose[:3, :3] = [x, 0, 0], Rotation.from_rotvec([0, 0, turn]).as_matrix()
-    return Reading(pose, move, 1.0)
-
-
-def test_the_clutch_moves_the_tool_as_the_hand_moves_wherever_both_were(gate):
-    clutch, start = Clutch(), gate.position.copy()
-    assert not clutch.action(hand(0.5, move=False), gate)[0][:6].any()
-    for x in (0.50, 0.51, 0.52):
-        action, holds = clutch.action(hand(x), gate)
+        action, holds, _ = hand.read(gate)
         gate(action, gate.q)
-    assert holds and np.allclose(gate.position - start, [0.02, 0, 0], atol=1e-4)
-    assert not clutch.action(hand(0.9, move=False), gate)[1]                     # let go, carried elsewhere
-    action, holds = clutch.action(hand(0.9), gate)
-    assert holds and np.abs(action[:6]).max() < 1e-9, "taking hold again moves nothing"
-
-
-def test_a_hand_that_jumps_has_to_let_go_first(gate):
-    clutch = Clutch()
-    for x in (0.0, 0.01):
-        clutch.action(hand(x), gate)
-    for x in (0.4, 0.41, 0.01):                             # lost, elsewhere, and back
-        action, holds = clutch.action(hand(x), gate)
-        assert not holds and not action[:6].any()
-    clutch.action(hand(0.01, move=False), gate)
-    assert clutch.action(hand(0.01), gate)[1]
+    assert holds and np.allclose(gate.position - start, [0.010, 0.005, 0], atol=1e-4)
+    taps += ["g", "\n"]
+    action, _, button = hand.read(gate)
+    assert action[6] == 0 and button == "save"
+    hand.begin(1)
+    assert hand.read(gate)[0][6] == 1
 
 
 def listening(pid):
@@ -273,7 +259,7 @@ def listening(pid):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("teleop") is None, reason="optional: pip install teleop==0.1.5")
-def test_a_quest_leads_and_a_jump_lost_tracking_and_silence_let_go(gate):
+def test_a_quest_leads_and_a_jump_and_silence_let_go(gate):
     """A websocket client plays the headset's page."""
     import websocket
     quest, link = QuestTeleop(port=14477), None
@@ -292,64 +278,77 @@ def test_a_quest_leads_and_a_jump_lost_tracking_and_silence_let_go(gate):
             "position": {"x": 0, "y": 1, "z": z}, "orientation": {"x": 0, "y": 0, "z": 0, "w": 1},
             "move": move, "gripper": "open", "scale": 1.0, **more}}))
         time.sleep(0.05)
-        return quest.read()
+        action, holds, button = quest.read(gate)
+        gate(action, gate.q)
+        return action, holds, button
 
-    clutch, start = Clutch(), gate.position.copy()
+    start = gate.position.copy()
+    quest.begin(0)
     for z in (0.0, -0.01, -0.02):                           # WebXR's -z is away from the operator: our +x
-        reading = say(z)
-        gate(clutch.action(reading, gate)[0], gate.q)
+        say(z)
     assert np.allclose(gate.position - start, [0.02, 0, 0], atol=1e-3)
-    assert say(-0.02, gripper="close").gripper == 0 and say(-0.02, reservedButtonA=True).button == "save"
-    assert say(-0.02, reservedButtonA=True).button == "", "still down is not pressed again"
-    assert not say(-0.02, move=False).move
-    assert say(-0.02).move
-    say(-0.5)                                               # the headset's own pose, as if it were the hand's
-    assert not say(-0.51).move, "a jump lets go"
-    assert not say(-0.02).move, "... until the grip is opened"
-    say(-0.02, move=False)
-    assert say(-0.02).move
+    assert say(-0.02, gripper="close")[0][6] == 0 and say(-0.02, reservedButtonA=True)[2] == "save"
+    assert say(-0.02, reservedButtonA=True)[2] == "", "still down is not pressed again"
+    action, holds, _ = say(-0.9, move=False)                # let go, carried elsewhere
+    assert not holds and not action[:6].any()
+    say(-0.9)                                               # the package drops the first message after a jump
+    action, holds, _ = say(-0.9)
+    assert holds and np.abs(action[:6]).max() < 1e-6, "taking hold again moves nothing"
+    say(-0.4)                                               # the headset's own pose, as if it were the hand's
+    assert not say(-0.41)[1], "a jump lets go"
+    assert not say(-0.41)[1], "... until the grip is opened"
+    say(-0.41, move=False)
+    assert say(-0.41)[1]
     time.sleep(0.3)
-    assert not quest.read().move, "silence lets go"
+    assert not quest.read(gate)[1], "silence lets go"
     link.close()
 
 
 # ---- cameras ----
 
-def film(path, frames):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 30, frames[0].shape[1::-1])
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
-    return str(path)
+@pytest.fixture
+def usb(monkeypatch):
+    """usb(pictures): the USB camera shows them in a loop, None: nothing, at 100 Hz."""
+    def plug(pictures):
+        count = itertools.count()
+
+        def read():
+            time.sleep(0.01)
+            picture = pictures[next(count) % len(pictures)]
+            return picture is not None, picture
+        monkeypatch.setattr(robot.cv2, "VideoCapture", lambda *_: Namespace(
+            isOpened=lambda: bool(len(pictures)), set=lambda *_: False, read=read, release=lambda: None))
+    return plug
 
 
-def test_a_video_file_is_a_camera_and_a_still_one_counts_as_frozen(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (10, 48, 64, 3), np.uint8)
-    moving = Camera("front", film(tmp_path / "moving.avi", noise))
-    still = Camera("side", film(tmp_path / "still.avi", noise[:1].repeat(10, 0)))
-    time.sleep(1)                                           # the film of 0.3 s has begun again, twice
-    assert moving.trouble() is None and "frozen" in still.trouble()
-    moving.close()
-    still.close()
-    assert not moving.thread.is_alive()
+NOISE = np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize("source, message", [("nowhere.avi", "does not open"), ("rs:1", "RealSense")])
-def test_a_camera_that_is_not_there_is_one_clear_line(source, message):
-    if source.startswith("rs:") and importlib.util.find_spec("pyrealsense2"):
-        pytest.skip("pyrealsense2 is installed")
-    with pytest.raises(InputError, match=message):
-        Camera("front", source)
+@pytest.mark.parametrize("then, why", [([NOISE[0]], "frozen"), ([None], "unplugged"), ([NOISE[0] // 50], "dark")])
+def test_a_camera_that_freezes_goes_dark_or_is_unplugged_says_so_after_half_a_second(usb, then, why):
+    pictures = list(NOISE)
+    usb(pictures)
+    camera = Camera("front", "0")
+    time.sleep(0.2)
+    assert camera.trouble() is None and camera.picture.shape == (48, 64, 3)
+    pictures[:] = then
+    time.sleep(0.7)
+    assert camera.trouble().startswith(f"camera front: {why}")
+    camera.close()
+    assert not camera.thread.is_alive()
 
 
-def test_a_film_under_a_lens_cap_gives_no_picture(tmp_path, monkeypatch):
-    dark = np.random.default_rng(0).integers(0, 6, (5, 48, 64, 3), np.uint8)
+def test_a_camera_that_is_not_there_or_under_a_lens_cap_is_one_clear_line(usb, monkeypatch):
+    usb([])
+    with pytest.raises(InputError, match="0 does not open"):
+        Camera("front", "0")
+    dark = NOISE // 50
     dark[:, 8, 8] = 255                                     # a hot pixel
-    path = film(tmp_path / "dark.avi", dark)
+    usb(dark)
     clock = iter(np.arange(0, 1e6, 0.5))
     monkeypatch.setattr(robot.time, "monotonic", lambda: next(clock))
-    with pytest.raises(InputError, match="no picture"):
-        Camera("front", path)
+    with pytest.raises(InputError, match="no picture: dark"):
+        Camera("front", "0")
 
 
 # ---- the driver, its library replaced by a list of what is sent ----
@@ -378,22 +377,19 @@ def test_a_late_command_or_frame_makes_no_fast_one(driver):
     assert steps.max() <= np.degrees(MAX_JOINT_STEP) / 5 + 1e-6 and driver.limited >= 5
 
 
-def state_of(address, joints, error=0):
-    return Namespace(errCode=0, arm_ip=address, joint_status=Namespace(joint_position=joints),
-                     err=Namespace(err_len=1, err=[error]))
-
-
 def test_the_state_of_another_arm_is_not_taken_for_this_ones(driver):
+    def heard(address, joints):
+        driver._receive(Namespace(errCode=0, arm_ip=address, joint_status=Namespace(joint_position=joints),
+                                  err=Namespace(err_len=1, err=[0])))
+        return driver.state
     before = driver.state
-    driver._receive(state_of(b"10.0.0.2", [0] * 6))
-    assert driver.state is before
-    driver._receive(state_of(b"10.0.0.1", [90] * 6))
-    assert np.allclose(driver.state[1], np.pi / 2)
+    assert heard(b"10.0.0.2", [0] * 6) is before
+    assert np.allclose(heard(b"10.0.0.1", [90] * 6)[1], np.pi / 2)
 
 
 def test_an_arm_whose_two_answers_differ_is_not_armed(driver):
     driver.state = (time.monotonic(), driver.state[1] + 0.1, [0])
-    with pytest.raises(ArmStopped, match="pushed"):
+    with pytest.raises(ArmStopped, match="pushes"):
         driver.arm_motors()
     assert not driver.armed
 
@@ -427,15 +423,36 @@ def test_after_a_stop_nothing_that_moves_is_sent_and_nothing_is_accepted(driver)
         driver.act(np.array([0, 0, 0, 0, 0, 0, 1]))
 
 
+@pytest.mark.parametrize("codes, reason", [
+    ([-2, -2, -2, 0] * 3, None),                # an answer that is missing now and then stops nothing
+    ([-2] * 4, "gripper: no answer, 4 times"), ([1], "gripper: command refused")])
+def test_a_gripper_is_asked_again_until_the_fourth_answer_in_a_row_is_missing(driver, monkeypatch, codes, reason):
+    left, sent = list(codes), []
+
+    def answer(*_):
+        sent.append(_)
+        if len(left) == 1:
+            driver.closing = True
+        return left.pop(0)
+    driver.arm.rm_set_gripper_pick = answer
+    driver.arm.rm_get_gripper_state = lambda: (answer(), {"actpos": 500, "error": 0})
+    monkeypatch.setattr(robot.time, "sleep", lambda _: None)
+    driver.arm_motors()
+    driver.grip = 0.0
+    driver._grip_loop()
+    assert (driver.stopped or "").startswith(reason or "") and bool(driver.stopped) == bool(reason)
+    assert sum(bool(args) for args in sent) == min(len(codes), 4), "the command is sent until it is acknowledged"
+
+
 # ---- through the vendor's library ----
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
     """Rows of tests/rehearse_faults.py, played in two halves at the same time: {fault: row}."""
-    folder, names = tmp_path_factory.mktemp("faults"), list(FAULTS)
+    folder = tmp_path_factory.mktemp("faults")
 
     def half(i):
-        some = ";".join(names[i::2])
+        some = ";".join(list(STOPS)[i::2])
         return python("tests/rehearse_faults.py", "--only", some, "--json", folder / f"{i}.json", limit=200)
 
     with ThreadPoolExecutor(2) as pool:
@@ -444,33 +461,34 @@ def faults(tmp_path_factory):
     return {row["fault"]: row for path in folder.iterdir() for row in json.loads(path.read_text())}
 
 
-# Control steps (50 ms) within which all is still. Looser than what is measured: a shared machine is slow.
+# Control steps (50 ms) within which all is still. Looser than what is measured: a shared machine is slow. The
+# others of FAULTS differ from these in the message alone.
+STOPS = {"controller silent": 20, "connection dropped": 20, "error 0x100D, collision": 20, "joints stuck": 20,
+         "gripper late, space bar": 20, "camera frozen": 25, "policy says NaN": 20, "policy takes 1 s": 20,
+         "SIGTERM": 20, "kill -9 of the script": 20, "second process": 20}
+
+
 @needs_sdk
 @needs_gl
-@pytest.mark.parametrize("fault, ticks", [
-    ("controller silent", 20), ("controller late by 0.5 s", 35), ("controller refuses frames", 20),
-    ("connection dropped", 20), ("error 0x100D, collision", 20), ("error 0x1002, joint limit", 20),
-    ("joints stuck", 20), ("camera frozen", 25), ("camera unplugged", 25), ("camera black", 25),
-    ("policy says NaN", 20), ("policy says 1e6", 20), ("policy takes 1 s", 20), ("space bar", 20),
-    ("SIGINT", 20), ("SIGTERM", 20), ("kill -9 of the script", 20), ("second process", 20)])
-def test_the_arm_stops_says_why_and_the_script_ends(faults, fault, ticks):
+@pytest.mark.parametrize("fault", STOPS)
+def test_the_arm_stops_says_why_and_the_script_ends(faults, fault):
     row = faults[fault]
-    assert row["still"] and row["exited"] and row["expected"], row
-    assert row["ticks"] < ticks, row
+    assert fault in FAULTS and row["still"] and row["exited"] and row["expected"], row
+    assert row["ticks"] < STOPS[fault], row
 
 
 @needs_sdk
-def test_2000_random_and_adversarial_actions_leave_nothing_on_the_wire_that_breaks_a_limit():
-    done = python("tests/fuzz_gate.py", 2000)
+def test_1000_random_and_adversarial_actions_leave_nothing_on_the_wire_that_breaks_a_limit():
+    done = python("tests/fuzz_gate.py", 1000)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["frames"] == 10_000 and sum(result["refused"].values()) > 100, result
+    assert result["frames"] == 5000 and sum(result["refused"].values()) > 50, result
 
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    """One demonstration by the scripted operator, half of a set: -> folder, output"""
-    out = tmp_path_factory.mktemp("arm") / "data"
+    """A folder with one take by the scripted operator."""
+    out = tmp_path_factory.mktemp("arm") / "takes"
     done = python("robot.py", "record", "--tasks", "stack_cups", "--episodes", 1, "--out", out)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
     return out
@@ -478,25 +496,30 @@ def recording(tmp_path_factory):
 
 @needs_sdk
 @needs_gl
-def test_a_recording_is_a_dataset_whose_actions_lead_to_the_next_frame(recording):
-    data = EpisodeDataset(str(recording), chunk=1)
-    with h5py.File(recording / "00000.h5") as f:
-        actions, proprio = f["actions"][:-1], f["proprio"][:]
-        extra = {name: f["extra"][name][:] for name in f["extra"]}
-    assert data.cameras == ["front", "side"]
-    assert data.instructions == ["stack the blue cup on top of the white one"]
-    moved = np.diff(proprio[:, :3], axis=0)
+def test_a_take_is_complete_and_its_actions_lead_to_the_next_frame(recording):
+    about = json.loads((recording / "takes.json").read_text())
+    assert about["cameras"] == ["front", "side"] and about["fps"] == 20 and about["action"] == ACTION
+    with h5py.File(recording / "stack_cups-00000.h5") as f:
+        assert dict(f.attrs) == {"task": "stack_cups", "start": 0, "fps": 20,
+                                 "instruction": "stack the blue cup on top of the white one"}
+        take = {key: f[key][:] for key in ("time", "actions", "commanded", "joints", "proprio", "images/front",
+                                           "images/side", "image_time/front", "image_time/side")}
+    T = len(take["time"])
+    assert {key: len(rows) for key, rows in take.items()} == {
+        key: T - (key in ("actions", "commanded")) for key in take}
+    actions, proprio, moved = take["actions"], take["proprio"], np.diff(take["proprio"][:, :3], axis=0)
     # The arm follows a command by a step or so: commands and motion agree best at a delay of 0 or 1.
     fit = [np.corrcoef(actions[:len(actions) - k, :3].ravel(), moved[k:].ravel())[0, 1] for k in range(4)]
     assert np.argmax(fit) in (0, 1) and max(fit) > 0.9, fit
-    assert np.allclose(np.diff(extra["time"]).mean(), 0.05, rtol=0.05), "20 Hz"
-    assert (extra["time"] - extra["image_time_front"] < 0.3).all()
-    assert np.allclose(extra["commanded"][:-1, :6], actions[:, :6], atol=5e-3)
-    assert np.allclose(tool_pose(extra["joints"][5])[0], proprio[5, :3], atol=5e-3)
+    assert np.median(np.diff(take["time"])) == pytest.approx(0.05, rel=0.05), "20 Hz"
+    assert (take["time"] - take["image_time/front"] < 0.3).all()
+    assert np.allclose(take["commanded"][:, :6], actions[:, :6], atol=5e-3)
+    assert np.allclose(tool_pose(take["joints"][5])[0], proprio[5, :3], atol=5e-3)
     # The pictures are those of their step: seen from the front, the green fingers are where the tool is.
-    pictures = data.read_frames(0, "front", 0, len(proprio)).numpy().astype(int)                # (T, 3, H, W)
-    green = (pictures[:, 1] > pictures[:, 0] + 40) & (pictures[:, 1] > pictures[:, 2] + 40)
-    seen = np.array([np.nonzero(g)[1].mean() for g in green])
+    pictures = np.array([cv2.imdecode(jpeg, 1).astype(int) for jpeg in take["images/front"]])  # (T, H, W, BGR)
+    assert pictures.shape == (T, 96, 96, 3)
+    blue, green, red = np.moveaxis(pictures, -1, 0)
+    seen = np.array([np.nonzero(mask)[1].mean() for mask in (green > red + 40) & (green > blue + 40)])
     shown = {k: abs(np.corrcoef(np.roll(seen, k)[5:-5], proprio[5:-5, 1])[0, 1]) for k in range(-4, 5)}
     assert max(shown, key=shown.get) in (-1, 0) and shown[0] > 0.98, shown  # a camera is late, by < 2 steps
 
@@ -504,14 +527,38 @@ def test_a_recording_is_a_dataset_whose_actions_lead_to_the_next_frame(recording
 @needs_sdk
 @needs_gl
 def test_a_half_recorded_set_goes_on_and_keeps_what_it_has(recording):
-    first = (recording / "00000.h5").read_bytes()
-    record = ["robot.py", "record", "--tasks", "stack_cups", "--episodes", 2, "--out", recording]
+    first = (recording / "stack_cups-00000.h5").read_bytes()
+    record = ["robot.py", "record", "--tasks", "stack_cups", "--episodes", 1, "--out", recording]
     again = python(*record)
-    assert again.returncode == 2 and "--resume finishes it" in again.stderr
+    assert again.returncode == 2 and "--resume" in again.stderr
+    other = python(*record, "--resume", "--spread", "1")
+    assert other.returncode == 2 and "spread 0.5, now it is 1.0" in other.stderr
     done = python(*record, "--resume")
     assert done.returncode == 0, done.stderr[-1000:]
-    assert (recording / "00000.h5").read_bytes() == first
-    assert EpisodeDataset(str(recording), chunk=1).num_episodes == 2
+    assert (recording / "stack_cups-00000.h5").read_bytes() == first
+
+
+@needs_sdk
+@needs_gl
+def test_a_rollout_is_one_line_per_episode_and_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    checkpoint = finetuned()
+    for name in ("a.pt", "b.pt"):
+        policy = make_policy(checkpoint["config"])
+        save_checkpoint(tmp_path / name, {**checkpoint, "policy": policy.state_dict()})
+    short = ("import sys, robot, dataclasses; "
+             "robot.TASKS['stack_cups'] = dataclasses.replace(robot.TASKS['stack_cups'], max_steps=15); "
+             "robot.run(lambda: robot.main(sys.argv[1:]))")
+    args = ["rollout", "--checkpoint", tmp_path / "a.pt", "--compare", tmp_path / "b.pt", "--tasks", "stack_cups",
+            "--out", tmp_path / "out", "--execute", 10, "--video", 1]
+    for extra in (["--episodes", 1], ["--episodes", 2, "--resume"]):
+        done = python("-c", short, *args, *extra)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
+    lines = read_lines(tmp_path / "out" / "episodes.jsonl")
+    assert [(line["start"], Path(line["label"]).name) for line in lines] == [
+        (1_000_000, "a.pt"), (1_000_000, "b.pt"), (1_000_001, "b.pt"), (1_000_001, "a.pt")]
+    assert all(not line["success"] and (line["steps"] == 15 or line["aborted"]) for line in lines)
+    assert "0/2" in done.stdout and len(list((tmp_path / "out" / "videos").glob("*failure.mp4"))) == 2
 
 
 class FakeArm:
@@ -522,8 +569,8 @@ class FakeArm:
         self.process = subprocess.Popen([sys.executable, ROOT / "tests" / "fake_arm.py", "--log", log],
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         ports = json.loads(self.process.stdout.readline())
-        self.address = f"127.0.0.1:{ports['port']}"
-        self.cameras = [f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in ("front", "side")]
+        self.flags = ["--arm", f"127.0.0.1:{ports['port']}", "--cameras",
+                      *(f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in ("front", "side"))]
 
     def commands(self):
         rows = [json.loads(line) for line in Path(self.log).read_text().splitlines() if line.endswith("}")]
@@ -544,48 +591,36 @@ MOVES = {"movej_canfd", "set_gripper_pick", "set_gripper_release", "set_collisio
 
 @needs_sdk
 @needs_gl
-def test_an_arm_moves_only_after_a_word_was_typed_at_a_terminal(recording, fake):
-    replay = ["robot.py", "replay", "--arm", fake.address, "--cameras", *fake.cameras, "--data", recording,
-              "--speed", "1"]
-    done = python(*replay, "--move")
-    assert done.returncode == 2 and "typed at a terminal" in done.stderr
+def test_a_dry_run_sends_nothing_that_moves_and_the_arm_moves_only_after_a_word_was_typed(recording, fake, tmp_path):
+    done = python("robot.py", "check", *fake.flags, "--out", tmp_path / "new" / "check.png")
+    assert done.returncode == 0, done.stderr
+    assert "DRY RUN" in done.stdout and cv2.imread(str(tmp_path / "new" / "check.png")).std() > 10
+    replay = ["robot.py", "replay", *fake.flags, "--take", recording / "stack_cups-00000.h5", "--speed", "1"]
     master, slave = pty.openpty()
-    os.write(master, b"yes\n")
-    done = python(*replay, "--move", stdin=slave)
-    assert done.returncode == 2 and "not confirmed" in done.stderr
-    assert not fake.commands(), "no connection was made"
-    if sys.platform == "linux":
-        assert listening(fake.process.pid) <= {"0100007F"}, "the fake listens on loopback alone"
-    os.write(master, b"MOVE\n")
 
     def press_enter(line):                  # once the scene is set
         if "stack_cups #" in line:
             threading.Timer(0.5, os.write, (master, b"\n")).start()
 
+    done = python(*replay, stdin=slave, hear=press_enter)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
+    apart = float(re.search(r"at most ([\d.]+) mm", done.stdout)[1])
+    assert apart < 25, "the targets are those of the take, though the arm stands still"
+    commands = len(fake.commands())
+    assert commands > 20 and not set(fake.commands()) & MOVES
+
+    done = python(*replay, "--move")
+    assert done.returncode == 2 and "typed at a terminal" in done.stderr
+    os.write(master, b"yes\n")
+    done = python(*replay, "--move", stdin=slave)
+    assert done.returncode == 2 and "not confirmed" in done.stderr
+    assert len(fake.commands()) == commands, "no connection was made"
+    if sys.platform == "linux":
+        assert listening(fake.process.pid) <= {"0100007F"}, "the fake listens on loopback alone"
+    os.write(master, b"MOVE\n")
     done = python(*replay, "--move", stdin=slave, hear=press_enter)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
     assert fake.commands().count("movej_canfd") > 200
-
-
-@needs_sdk
-@needs_gl
-def test_a_dry_run_computes_all_and_sends_nothing_that_moves(recording, fake, tmp_path):
-    arm = ["--arm", fake.address, "--cameras", *fake.cameras]
-    done = python("robot.py", "check", *arm, "--out", tmp_path / "check.png")
-    assert done.returncode == 0, done.stderr
-    assert "DRY RUN" in done.stdout and cv2.imread(str(tmp_path / "check.png")).std() > 10
-    master, slave = pty.openpty()
-
-    def press_enter(line):
-        if "stack_cups #" in line:
-            threading.Timer(0.5, os.write, (master, b"\n")).start()
-
-    done = python("robot.py", "replay", *arm, "--data", recording, "--speed", 1, stdin=slave,
-                  hear=press_enter)
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-500:]
-    apart = float(re.search(r"at most ([\d.]+) mm", done.stdout)[1])
-    assert apart < 25, "the targets are those of the recording, though the arm stands still"
-    assert len(fake.commands()) > 20 and not set(fake.commands()) & MOVES
 
 
 def test_an_arm_that_is_not_there_is_one_clear_line():
