@@ -237,14 +237,14 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
     save_checkpoint(tmp_path / "broken.pt", broken)
     for flags, message in (((pretrained,), "finetune.py --init"), ((foreign,), "--tasks"),
                            ((str(tmp_path / "broken.pt"),), "NaN"), ((slow,), "10 Hz.*20 Hz"),
-                           ((good, "--first", "-1"), "--first takes 0 or more"),
+                           ((good, "--first", "-1"), "--first must be 0 or more"),
                            ((good, "--first", "48", "--episodes", "3"), "50 starts per task"),
                            ((good, "--tasks", "fly"), "push, pull, lift"),
                            ((good, "--execute", "5"), "1 to 4"),
                            (("noop", "--compare", good, "--execute", "5"), "1 to 4"),
                            (("expert",), "no scripted expert"),
                            ((good, "--decay", "nan"), "--decay"),
-                           ((good, "--max-steps", "0"), "--max-steps takes 1 or more"),
+                           ((good, "--max-steps", "0"), "--max-steps must be 1 or more"),
                            ((good, "--compare", good), "another checkpoint"),
                            ((str(tmp_path / "absent.pt"),), "no checkpoint at")):
         with pytest.raises(InputError, match=message):

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import cca
@@ -13,6 +14,7 @@ import prepare_data
 import pretrain
 import robot
 from conftest import metrics
+from prepare_data import EpisodeDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,6 +58,34 @@ def test_every_command_in_the_readme_and_the_docstrings_parses(words):
         PARSERS[script](argv)
 
 
+IMPORTS = {"models": set(), "robot": {"models"}, "prepare_data": {"models", "robot"},
+           "pretrain": {"models", "prepare_data"}, "finetune": {"models", "prepare_data"},
+           "cca": {"models", "prepare_data"}, "evaluate": {"models", "prepare_data", "robot"}}
+
+
+def test_scripts_import_each_other_at_the_top_and_without_a_circle(capsys):
+    """Every import counts, also one inside a function. The graph is printed: python -m pytest -k circle -s."""
+    for path in SCRIPTS:
+        module = ast.parse(path.read_text())
+        siblings, lazy = set(), set()
+        for node in ast.walk(module):
+            names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in set(names) & set(IMPORTS):
+                siblings.add(name)
+                if node not in module.body:
+                    lazy.add(f"{name} in line {node.lineno}")
+        with capsys.disabled():
+            print(f"\n{path.stem:12s} <- {', '.join(sorted(siblings)) or 'nothing local'}", end="")
+        assert not lazy, f"{path.name} imports {lazy} inside a function or a branch"
+        assert siblings == IMPORTS[path.stem], f"{path.name} imports {siblings}: change IMPORTS if that is meant"
+    order = []                                                  # a topological order exists: no circle
+    while len(order) < len(IMPORTS):
+        free = [name for name, needs in IMPORTS.items() if name not in order and needs <= set(order)]
+        assert free, f"import circle among {set(IMPORTS) - set(order)}"
+        order += free
+
+
 def test_every_name_in_the_symbol_table_exists():
     code = "\n".join(p.read_text() for p in SCRIPTS)
     table = README.split("## Symbols")[1].split("##")[0]
@@ -73,12 +103,10 @@ def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged
     finetune.main([*common, "--data", data.robot, "--init", str(tmp_path / "a" / "last.pt"),
                    "--out", str(tmp_path / "b")])
     pretrain.main([*common, "--data", data.robot, "--probe-data", "none", "--out", str(tmp_path / "c"),
-                   "--proprio", "--policy", "act", "--latent-source", "inverse", "--labels-frac", "0.5"])
+                   "--policy", "act", "--latent-source", "inverse"])
     finetune.main([*common, "--data", data.robot, "--init", "scratch", "--policy", "act",
                    "--out", str(tmp_path / "d")])
-    pretrain.main([*common, "--data", data.robot, "--world-model", "none", "--labels-frac", "1",
-                   "--policy", "act", "--out", str(tmp_path / "e")])
-    logged = {name for run in "abcde" for line in metrics(tmp_path / run) for name in line} - {"step"}
+    logged = {name for run in "abcd" for line in metrics(tmp_path / run) for name in line} - {"step"}
     table = README.split("## Logged metrics")[1].split("\n## ")[0]
     described = set()
     for cell in re.findall(r"^\| (`.*?) \|", table, re.M):
@@ -88,6 +116,18 @@ def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged
     described |= {f"val_l1/{i}" for i in range(7)}
     assert logged == described, (f"only logged: {logged - described}; "
                                  f"only in the README: {described - logged}")
+
+
+def test_load_observe_act_runs_as_the_readme_has_it(data, tmp_path, monkeypatch):
+    """A finetuned policy drives somebody's own robot with the README's lines alone."""
+    finetune.main(["--smoke", "--data", data.robot, "--init", "scratch", "--out", str(tmp_path / "runs/finetune")])
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "read_cameras()" in block)
+    monkeypatch.chdir(tmp_path)
+    sent, image = [], np.zeros((32, 32, 3), np.uint8)
+    exec(code, {"read_cameras": lambda: {"front": image, "side": image}, "read_state": lambda: np.zeros(7),
+                "send": sent.append})
+    low, high = (np.array(EpisodeDataset(data.robot, 1).limits("actions")[key]) for key in ("min", "max"))
+    assert len(sent) == 200 and all(((low - 1e-5 <= a) & (a <= high + 1e-5)).all() for a in sent)
 
 
 def test_the_readme_is_finished_and_smoke_data_are_enough_for_every_stage():
