@@ -248,7 +248,7 @@ class Player:
         self.bench, self.args, self.arms = bench, args, {}
 
     def open(self, job):
-        """-> Arm, environment; made by the first episode of an arm."""
+        """-> Arm, environment; made for the first episode of an arm."""
         arm = Arm(job.label, self.args.device)
         if arm.key != job.arm:
             raise InputError(f"{job.label} was replaced while it was being evaluated; finished episodes are "
@@ -259,9 +259,10 @@ class Player:
     def play(self, job):
         """One episode -> its line for episodes.jsonl."""
         clock, bench, args = time.perf_counter(), self.bench, self.args
+        wordings = bench.tasks[job.task].wordings
         if job.arm not in self.arms:
             self.arms[job.arm] = self.open(job)
-        (arm, env), wordings = self.arms[job.arm], bench.tasks[job.task].wordings
+        arm, env = self.arms[job.arm]
         # All random numbers of an episode follow from these three, not from the episodes before it.
         origin = [args.seed, job.start, list(bench.tasks).index(job.task)]
         if arm.policy:
@@ -280,13 +281,9 @@ class Player:
                 # Two episodes with the same hash had the same actions to the last bit.
                 "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8]}
 
-    def close(self):
-        for _, env in self.arms.values():
-            env.close()
-
 
 def begin_worker(bench, args):
-    """Runs first in every worker process."""
+    """Runs first in every worker process. play_in_worker() then uses its Player."""
     global player
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to the parent, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -311,9 +308,8 @@ def play_all(jobs, bench, args):
     larger pool does not tell which episode a killed process was playing.
     """
     if not args.workers:
-        player = Player(bench, args)
-        yield from map(player.play, jobs)
-        return player.close()
+        yield from map(Player(bench, args).play, jobs)
+        return
     jobs, playing = iter(jobs), {}                      # future -> its worker and job
     context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and the threads of torch
     workers = [ProcessPoolExecutor(1, context, begin_worker, (bench, args)) for _ in range(args.workers)]
@@ -390,7 +386,7 @@ def mcnemar(first, second):
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     n, better, worse = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    return {"n": n, "only_first": better, "only_second": worse, "difference": (better - worse) / n,
+    return {"n": n, "only_first": better, "only_second": worse, "difference": (better - worse) / max(n, 1),
             "p_value": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0}
 
 
@@ -402,14 +398,11 @@ def summarise(lines, pair=()):
     arms, played = {}, {}
     for line in lines:
         arm = arms.setdefault(line["arm"], {"label": line["label"], "tasks": {}})
-        arm["tasks"].setdefault(line["task"], []).append(line)
+        arm["tasks"].setdefault(line["task"], []).append(line["success"])
         played.setdefault(line["arm"], {})[line["task"], line["start"]] = line["success"]
     for key, arm in arms.items():
         arm["overall"] = success_rate(list(played[key].values()))
-        for task, mine in arm["tasks"].items():
-            steps = [line["steps"] for line in mine if line["success"]]
-            arm["tasks"][task] = success_rate([line["success"] for line in mine]) | {
-                "mean_steps_of_successes": float(np.mean(steps)) if steps else None}
+        arm["tasks"] = {task: success_rate(outcomes) for task, outcomes in arm["tasks"].items()}
     results = {"arms": arms, "made_by": sorted({f"{x['commit']}, {x['machine']}" for x in lines})}
     if pair:
         first, second = (played[key] for key in pair)
@@ -421,12 +414,10 @@ def summarise(lines, pair=()):
 
 def report(out, results):
     """Prints the table and the comparison, writes out/results.json."""
-    rows = [("policy", "task", "success", "rate (%)", "Wilson 95 %", "steps when successful")]
+    rows = [("policy", "task", "success", "rate (%)", "Wilson 95 %")]
     for arm in results["arms"].values():
-        for task, r in [*arm["tasks"].items(), ("all", arm["overall"])]:
-            steps = r.get("mean_steps_of_successes")
-            rows.append((arm["label"], task, *percent(r, 0 if r["n"] <= 100 else 1),
-                         f"{steps:.0f}" if steps else ""))
+        rows += [(arm["label"], task, *percent(r, 0 if r["n"] <= 100 else 1))
+                 for task, r in [*arm["tasks"].items(), ("all", arm["overall"])]]
     print("\n" + markdown_table(rows))
     if len(results["made_by"]) > 1:
         print(f"note         the episodes come from different code or machines: {results['made_by']}")
