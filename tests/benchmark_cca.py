@@ -2,8 +2,8 @@
 
     python tests/benchmark_cca.py                # 100,000 chunks of 10 latents and 10 true actions, each of 7
 
-Correlations of single steps and chunks with all baselines, probes and collapse, on made-up numbers with a known
-answer; no policy is run.
+Correlations of single steps and chunks with all baselines, probes and collapse, on made-up numbers whose
+answer is known; no policy is run.
 """
 import resource
 import sys
@@ -27,11 +27,11 @@ def windows(count, first_episode, rng):
 
 
 count, rng, began = int((sys.argv + ["100000"])[1]), np.random.default_rng(0), time.time()
-study = SimpleNamespace(args=SimpleNamespace(seed=0, data="made up"), names=["latents"], groups=[], note=print,
+study = SimpleNamespace(args=SimpleNamespace(seed=0, data="made up"), names=["latents"], groups=[],
                         train=windows(count * 4 // 5, 0, rng), held_out=windows(count // 5, 10 ** 6, rng),
                         moves={name: d for d, name in enumerate("abcdefg")}, instructions=list("abcd"))
 (_, rows, _), (_, probed, _), _ = cca.correlations(study), cca.probes(study), cca.collapse(study)
 chunk = next(row for row in rows if row["steps"] == "chunk" and row["latents"] == "latents")
 print(f"{count:,} pairs of 70 + 70 columns: {time.time() - began:.0f} s, peak memory "
       f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GB; mean held-out correlation "
-      f"{chunk['mean'][0]:.3f} (truth {1 / np.sqrt(2):.3f}), probe R2 {probed[0]['mean'][0]:.3f} (truth 0.500)")
+      f"{chunk['mean'][0]:.3f} (truth 0.707), probe R2 {probed[0]['mean'][0]:.3f} (truth 0.500)")

@@ -237,6 +237,8 @@ def test_swap_tells_a_world_model_that_obeys_latents_from_one_that_does_not(stud
     world["obeys"] = True
     study.video["latents"]["good"] *= np.where(study.video["episode"] % 2, 1, -1)[:, None, None]
     assert np.ptp(cca.swap(study)[1][1]["mean cosine"][1:]) > 0.9
+    study.video["episode"][:] = 7
+    assert cca.swap(study)[1][0]["pairs"] == 0, "A and B are of different episodes"
     for change, message in (({"target": "flow"}, "predicts flow"), ({"context_frame": False}, "first frame")):
         study.checkpoint["world_config"] = world | change
         with pytest.raises(cca.LeftOut, match=message):
@@ -259,7 +261,7 @@ def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
     for row in rows:
         if row["by"] == "good":
             assert row["motions agree"][1] > row["any such pair"][0] + 0.3, row
-    blind = rows[1]                                         # nearest are clips of its own episode: not allowed
+    blind = rows[1]                                     # nearest are clips of its own episode: not allowed
     assert blind["motions agree"][1] < blind["any such pair"][0] + 0.05 and blind["any such pair"][0] < 0.4
     for action, metres in ((("m m m", [True] * 3), 1), (("0.05m 0.05m 0.05m", [True] * 3), 0.05)):
         assert (cca.metres_per_unit({"units": action[0].split(), "delta": action[1]}) == metres).all()
