@@ -160,7 +160,8 @@ def check_gradients(modules, feed, batch, latents):
         raise InputError(f"the gradient of {reached}, but not {', '.join(none[:5])}: latent_actions() does "
                          "not use these tensors, or something detaches the latent actions before the loss")
     if len(zero) == len(names):
-        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores the latent actions")
+        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores "
+                         "the latent actions")
     print(f"gradient     of {reached}")
     if zero:        # no error: the data can be the reason, and all other tensors learn
         print(f"warning      it is exactly zero for {', '.join(zero)}: these tensors do not learn from such "

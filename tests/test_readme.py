@@ -64,7 +64,7 @@ IMPORTS = {"models": set(), "robot": {"models"}, "prepare_data": {"models", "rob
 
 
 def test_scripts_import_each_other_at_the_top_and_without_a_circle(capsys):
-    """Every import counts, also one inside a function. The graph is printed: python -m pytest -k circle -s."""
+    """Every import counts, also one inside a function. The graph is printed, also without -s."""
     for path in SCRIPTS:
         module = ast.parse(path.read_text())
         siblings, lazy = set(), set()
@@ -78,7 +78,7 @@ def test_scripts_import_each_other_at_the_top_and_without_a_circle(capsys):
         with capsys.disabled():
             print(f"\n{path.stem:12s} <- {', '.join(sorted(siblings)) or 'nothing local'}", end="")
         assert not lazy, f"{path.name} imports {lazy} inside a function or a branch"
-        assert siblings == IMPORTS[path.stem], f"{path.name} imports {siblings}: change IMPORTS if that is meant"
+        assert siblings == IMPORTS[path.stem], f"{path.name} imports {siblings}: is that meant?"
     order = []                                                  # a topological order exists: no circle
     while len(order) < len(IMPORTS):
         free = [name for name, needs in IMPORTS.items() if name not in order and needs <= set(order)]
@@ -120,8 +120,10 @@ def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged
 
 def test_load_observe_act_runs_as_the_readme_has_it(data, tmp_path, monkeypatch):
     """A finetuned policy drives somebody's own robot with the README's lines alone."""
-    finetune.main(["--smoke", "--data", data.robot, "--init", "scratch", "--out", str(tmp_path / "runs/finetune")])
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "read_cameras()" in block)
+    finetune.main(["--smoke", "--data", data.robot, "--init", "scratch",
+                   "--out", str(tmp_path / "runs/finetune")])
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S)
+                if "read_cameras()" in block)
     monkeypatch.chdir(tmp_path)
     sent, image = [], np.zeros((32, 32, 3), np.uint8)
     exec(code, {"read_cameras": lambda: {"front": image, "side": image}, "read_state": lambda: np.zeros(7),
