@@ -383,7 +383,7 @@ def correlations(study):
     narrow for fewer than about 20 episodes, and there is none for fewer than 5. "In sample" is the first
     component as the paper reports it; it grows with the number of columns.
     """
-    rows = []
+    rows, panels = [], []
     for steps in ("single", "chunk"):
         X, Y, episode, groups = representations(study, steps)
         for group in ("all", *study.groups):
@@ -398,8 +398,12 @@ def correlations(study):
                 continue
             results["random weights"] = pooled([results.pop(name) for name in list(results)
                                                 if name.startswith("random ")])
-            for name in study.names if group == "all" else ():
-                for other in ("random weights", "frame", "time"):
+            if group == "all":
+                curves = {name: list(map(estimate, r[0].T[:10])) for name, r in results.items()}
+                panels.append((range(1, 1 + len(curves["time"])), curves, {
+                    "title": {"single": "single steps: z_t, a_t", "chunk": "whole chunks"}[steps],
+                    "xlabel": "canonical component (number)", "ylabel": "held-out correlation (no unit)"}))
+                for name, other in itertools.product(study.names, ("random weights", "frame", "time")):
                     results[f"{name} minus {other}"] = results[name][0] - results[other][0], None, None
             rows += [{"tasks": group, "steps": steps, "latents": name, "1st": estimate(samples[:, 0]),
                       "mean": estimate(samples.mean(1)),
@@ -408,14 +412,6 @@ def correlations(study):
                       "detail": {"components": [estimate(s) for s in samples.T], "ridge": ridge,
                                  "windows": [int(i.sum()) for i in inside]}}
                      for name, (samples, in_sample, ridge) in results.items()]
-    panels = []
-    for steps, title in (("single", "single steps: z_t, a_t"), ("chunk", "whole chunks")):
-        curves = {row["latents"]: row["detail"]["components"][:10] for row in rows if row["tasks"] == "all"
-                  and row["steps"] == steps and row["in sample"] is not None}
-        if curves:
-            panels.append((range(1, 1 + len(next(iter(curves.values())))), curves, {
-                "title": title, "xlabel": "canonical component (number)",
-                "ylabel": "held-out correlation (no unit)"}))
     return "Canonical correlations with the true actions", rows, draw(*panels)
 
 

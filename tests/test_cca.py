@@ -292,9 +292,8 @@ def analysis(out, *flags):
 
 def test_the_report_shows_everything_in_one_file(data, runs, tmp_path, monkeypatch):
     flags = ["--checkpoint", runs / "plain" / "last.pt", runs / "inverse" / "last.pt", "--data", data.robot]
-    with monkeypatch.context() as patched:
-        patched.setattr(cca, "metres_per_unit", lambda action: np.ones(3))
-        result = analysis(tmp_path, *flags)
+    monkeypatch.setattr(cca, "metres_per_unit", lambda action: np.ones(3))
+    result = analysis(tmp_path, *flags)
     plain, inverse = map(str, flags[1:3])
     assert [r["latents"] for r in result["correlations"]["rows"][:8]] == [
         plain, inverse, f"{inverse}, inverse dynamics (sees the future)", "frame", "time", "shuffled",
@@ -307,11 +306,9 @@ def test_the_report_shows_everything_in_one_file(data, runs, tmp_path, monkeypat
         assert (tmp_path / f"{picture}.png").stat().st_size > 5000
 
     again = analysis(tmp_path, *flags, "--overwrite", "--video", "none")
-    for name in ("correlations", "probes", "collapse"):
+    for name in ("correlations", "probes", "collapse", "pairs"):
         assert again[name] == result[name], "the same seed, the same numbers"
-    assert "swap" not in again and "pairs" not in again, "there is no video, and the actions are in pixels"
-    assert ["no video clips" in note for note in again["notes"]].count(True) == 1
-    assert ["not changes of a position" in note for note in again["notes"]].count(True) == 1
+    assert "swap" not in again and any("no video clips" in note for note in again["notes"])
 
 
 def test_every_dataset_is_read_at_the_stride_that_spans_the_time_of_pretraining(data, runs):
