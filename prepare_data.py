@@ -96,7 +96,7 @@ av.logging.set_level(av.logging.PANIC)                  # damaged files are coun
 
 
 class Reject(Exception):
-    """Raised by a job whose item cannot be used: Reject(reason, detail). It is never replaced."""
+    """Raised by a job whose item cannot be used: Reject(reason, detail). No other item takes its place."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def read_video(path, instructions, args, start=None, end=None):
     with container:
         stream = container.streams.video[0]
         nominal, average = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
-        fps = average if nominal > 2 * average > 0 else nominal          # some give the clock's rate
+        fps = average if nominal > 2 * average > 0 else nominal          # some state the clock's rate
         if not 0 < fps <= 240:
             raise Reject("no frame rate", f"{fps} frames per second")
         zero = float((stream.start_time or 0) * stream.time_base)        # s, where the file's clock begins
@@ -592,8 +592,8 @@ def bridge_frames(camera, files):
 def bridge_annotations(files):
     """lang.txt -> its different annotations in their order, [""] without any.
 
-    Written by many hands: UTF-8 or Mac Roman, with or without a last newline, blank lines, a line of
-    confidence values, the same sentence twice, or nothing at all.
+    The files come from many annotators: UTF-8 or Mac Roman, blank lines, a line of confidence values, the
+    same sentence twice, or nothing at all.
     """
     data = read_bytes(files["lang.txt"]) if "lang.txt" in files else b""
     try:
@@ -817,7 +817,7 @@ def import_libero(assets=None):
                        "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)
     macros = types.ModuleType("robosuite.macros_private")                # robosuite's own place for settings
     macros.CONSOLE_LOGGING_LEVEL, macros.FILE_LOGGING_LEVEL = "ERROR", None
-    macros.MUJOCO_GPU_RENDERING = False              # else it overrules MUJOCO_GL
+    macros.MUJOCO_GPU_RENDERING = False              # otherwise it overrides MUJOCO_GL
     sys.modules.setdefault(macros.__name__, macros)
     from libero import libero
     given = assets or os.environ.get("LIBERO_ASSETS")
@@ -868,7 +868,8 @@ def reset_simulator(env, seed):
 
 
 def show_state(env, state):
-    """Set the simulator to a flattened state, as its regenerate_obs_from_state does: a stove may glow."""
+    """Set the simulator to a flattened state and update what depends on it, such as the glow of a stove, as
+    LIBERO's regenerate_obs_from_state does."""
     env.set_state(state)
     env.sim.forward()
     env.check_success()
@@ -941,7 +942,7 @@ FLIPS = {"none": lambda frame: frame, "vertical": lambda frame: frame[::-1],
 def lerobot_episodes(args):
     """Episodes of a LeRobotDataset v3 folder: parquet tables, and videos that hold many episodes each.
 
-    Its row t is what was seen before action t: T rows give T images and T-1 actions.
+    Row t holds the observation before action t: T rows give T images and T-1 actions.
     """
     info = lerobot_info(args.input)
     try:
@@ -1313,7 +1314,7 @@ SOURCES = {
 
 # ---- the convert loop, one for all sources -----------------------------------------------------------------
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)     # the machine's fault
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)     # no item is to blame
 
 
 def one_line(error):
@@ -1588,7 +1589,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self._files, self._pid = collections.OrderedDict(), None
 
     def _read_index(self, names):
-        """Places of all data, and the instruction of each episode: this is what is kept in memory."""
+        """Note where all data lie in the files, and each episode's instruction."""
         self._paths = [os.path.join(self.path, name) for name in names]
         rows, texts, self._where = [], [], []                    # rows: (shard, first frame, frames)
         for k, path in enumerate(self._paths):
@@ -1649,11 +1650,11 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
 
     def __getstate__(self):
-        return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # files do not travel
+        return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # not open files
 
     def limits(self, key):
-        """{"min", "max"} of "actions" or "proprio" over the episodes of this split alone: what a policy that
-        is trained on them may know. attrs["statistics"] are those of the whole dataset."""
+        """{"min", "max"} of "actions" or "proprio" over the episodes of this split alone: a policy's
+        normaliser must not see other episodes. attrs["statistics"] are those of the whole dataset."""
         rows = []
         for episode in self.episodes:
             shard, start = self._place[episode]
@@ -1735,7 +1736,7 @@ class Mixture(torch.utils.data.Dataset):
     strides  frames per step of each; None: whole numbers that make a chunk span about as long as in the
              slowest (SSv2 12 fps, LIBERO 20, Bridge 5: strides 2, 4, 1). ASSUMPTION: the paper is silent
     chunk and the rest as in EpisodeDataset. Cameras go by position and are named as in the first dataset.
-    Items and attributes are EpisodeDataset's; episodes and instructions are numbered through.
+    Items and attributes are those of EpisodeDataset; episodes and instructions are numbered consecutively.
     """
 
     def __init__(self, paths, chunk, weights=None, strides=None, **rest):
@@ -1785,7 +1786,7 @@ class Mixture(torch.utils.data.Dataset):
                          for i, (part, share) in enumerate(zip(self.parts, self.shares())))
 
     def draw(self, rng, count):
-        """Indices of `count` random windows, with replacement -> list."""
+        """-> list of the indices of `count` random windows, drawn with replacement."""
         if self.weights is None:
             return rng.integers(len(self), size=count).tolist()
         part = rng.choice(len(self.parts), size=count, p=self.weights)
