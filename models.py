@@ -163,7 +163,7 @@ def shrink(frame, size, rule):
 
 
 def batch_observations(observations, instructions, policy):
-    """Observations of B environments -> obs for `policy`, on its device, with what it was trained on alone.
+    """Observations of B environments -> obs on the policy's device, with only its cameras and modalities.
 
     observations  list of B {"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,)}, and optionally "noise"
                   (n, A) for policies that sample (see Policy)
@@ -403,7 +403,8 @@ class Policy(nn.Module):
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
     def features(self, obs):
-        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP."""
+        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP. Here obs["instruction"] is no longer a list
+        of words but their embedding (B, L), and obs["proprio"] is normalised."""
         raise NotImplementedError
 
     def check(self, obs):
@@ -422,8 +423,8 @@ class Policy(nn.Module):
             raise InputError("the policy was finetuned with proprioception, the observation has none")
 
     def preprocess(self, obs):
-        """The only path from raw observations into the network: check them, embed the instructions -> (B, L),
-        normalise the proprioception."""
+        """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception. No
+        other path leads into the network."""
         self.check(obs)
         text = torch.from_numpy(text_encoder(self.config["text_encoder"])(obs["instruction"]))
         obs = {**obs, "instruction": text.to(obs["images"][self.cameras[0]].device)}
@@ -1235,7 +1236,7 @@ def run(main):
     except InputError as e:
         message, status = str(e), 2
     except KeyboardInterrupt:
-        message, status = "stopped by the keyboard; finished work is kept, continue it with --resume", 130
+        message, status = "interrupted; finished work is kept: continue it with --resume", 130
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
                            errno.EISDIR, errno.EEXIST, errno.EFBIG):
@@ -1363,8 +1364,8 @@ def load_policy(path, device="cpu", stage=None):
     checkpoint = load_checkpoint(path)
     if stage not in (None, checkpoint["stage"]):
         raise InputError(f"{path} was finetuned on actions: give a checkpoint of pretrain.py"
-                         if stage == "pretrain" else f"{path} was pretrained and has no actions yet: finetune "
-                         f"it first, python finetune.py --init {path}")
+                         if stage == "pretrain" else f"{path} was pretrained and has no actions yet: "
+                         f"finetune it first, python finetune.py --init {path}")
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
         raise InputError(f"{path} has NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its "
