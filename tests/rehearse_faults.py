@@ -210,7 +210,7 @@ def main():
     print(f"{'fault':28s}{'ticks':>6s}  {'still':6s}{'stop':>6s}  reason", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in wanted:
-            for number in range(3):         # again if it is not as expected: a busy machine is late for 100 Hz
+            for number in range(3):         # again if not as expected: a busy machine is late for 100 Hz
                 row = rehearse(name, Path(folder, f"{name.split()[0]}-{number}.jsonl"))
                 good = row["expected"] and row["still"] and row["exited"]
                 print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}"

@@ -31,7 +31,8 @@ from models import POLICIES, InputError, make_policy, read_lines, save_checkpoin
 from rehearse_faults import FAULTS
 from robot import (ACTION, HOME, HOME_JOINTS, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN,
                    PROPRIO, PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, KeyboardTeleop,
-                   QuestTeleop, RealmanArm, Refused, check_fit, clearance, inverse_kinematics, path_home, tool_pose)
+                   QuestTeleop, RealmanArm, Refused, check_fit, clearance, inverse_kinematics, path_home,
+                   tool_pose)
 
 ROOT = Path(robot.__file__).parent
 
@@ -181,7 +182,8 @@ def test_a_jump_to_another_branch_and_a_folded_arm_are_refused(gate):
             gate.admit(gate.q + 0.25 * (folded - gate.q), robot.ABOVE)
 
 
-@pytest.mark.parametrize("place, lean", [((0.33, 0.15, 0.03), 0), ((0.12, -0.30, 0.03), 0), ((0.30, 0.10, 0.04), 0.8)])
+@pytest.mark.parametrize("place, lean", [
+    ((0.33, 0.15, 0.03), 0), ((0.12, -0.30, 0.03), 0), ((0.30, 0.10, 0.04), 0.8)])
 def test_the_way_home_goes_straight_up_first_and_never_fast(place, lean):
     turn = Rotation.from_rotvec([lean, 0, 0]).as_matrix() @ TOOL_DOWN
     low, residual = inverse_kinematics(np.array(place), turn, HOME_JOINTS)
@@ -214,7 +216,8 @@ def finetuned(**changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"action": ACTION | {"delta": [False] * 7}}, "delta"), ({"action": ACTION | {"units": ["rad"] * 7}}, "units"),
+    ({"action": ACTION | {"delta": [False] * 7}}, "delta"),
+    ({"action": ACTION | {"units": ["rad"] * 7}}, "units"),
     ({"action": None}, "units"), ({"mixture": [{"path": "v", "fps": 20.0, "stride": 2}]}, "10 Hz")])
 def test_a_policy_of_other_actions_never_reaches_the_arm(tmp_path, changes, message):
     """Absolute joint targets, for example, have seven numbers as well."""
@@ -227,7 +230,8 @@ def test_a_policy_of_other_actions_never_reaches_the_arm(tmp_path, changes, mess
 
 
 def test_a_policy_of_other_cameras_or_proprioception_does_not_fit():
-    for cameras, width, message in ((("front",), 7, "cameras front, side"), (("front", "side"), 8, "proprio")):
+    for cameras, width, message in ((("front",), 7, "cameras front, side"),
+                                    (("front", "side"), 8, "proprio")):
         with pytest.raises(InputError, match=message):
             check_fit("p", finetuned(), "it", cameras, width, ACTION, 20)
 
@@ -324,7 +328,8 @@ def usb(monkeypatch):
 NOISE = np.random.default_rng(0).integers(0, 255, (5, 48, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize("then, why", [([NOISE[0]], "frozen"), ([None], "unplugged"), ([NOISE[0] // 50], "dark")])
+@pytest.mark.parametrize("then, why", [
+    ([NOISE[0]], "frozen"), ([None], "unplugged"), ([NOISE[0] // 50], "dark")])
 def test_a_camera_that_freezes_goes_dark_or_is_unplugged_says_so_after_half_a_second(usb, then, why):
     pictures = list(NOISE)
     usb(pictures)
@@ -426,7 +431,7 @@ def test_after_a_stop_nothing_that_moves_is_sent_and_nothing_is_accepted(driver)
 @pytest.mark.parametrize("codes, reason", [
     ([-2, -2, -2, 0] * 3, None),                # an answer that is missing now and then stops nothing
     ([-2] * 4, "gripper: no answer, 4 times"), ([1], "gripper: command refused")])
-def test_a_gripper_is_asked_again_until_the_fourth_answer_in_a_row_is_missing(driver, monkeypatch, codes, reason):
+def test_a_gripper_is_asked_again_until_four_answers_in_a_row_are_missing(driver, monkeypatch, codes, reason):
     left, sent = list(codes), []
 
     def answer(*_):
@@ -441,7 +446,7 @@ def test_a_gripper_is_asked_again_until_the_fourth_answer_in_a_row_is_missing(dr
     driver.grip = 0.0
     driver._grip_loop()
     assert (driver.stopped or "").startswith(reason or "") and bool(driver.stopped) == bool(reason)
-    assert sum(bool(args) for args in sent) == min(len(codes), 4), "the command is sent until it is acknowledged"
+    assert sum(bool(args) for args in sent) == min(len(codes), 4), "sent until it is acknowledged"
 
 
 # ---- through the vendor's library ----
@@ -502,7 +507,8 @@ def test_a_take_is_complete_and_its_actions_lead_to_the_next_frame(recording):
     with h5py.File(recording / "stack_cups-00000.h5") as f:
         assert dict(f.attrs) == {"task": "stack_cups", "start": 0, "fps": 20,
                                  "instruction": "stack the blue cup on top of the white one"}
-        take = {key: f[key][:] for key in ("time", "actions", "commanded", "joints", "proprio", "images/front",
+        take = {key: f[key][:] for key in ("time", "actions", "commanded", "joints", "proprio",
+                                            "images/front",
                                            "images/side", "image_time/front", "image_time/side")}
     T = len(take["time"])
     assert {key: len(rows) for key, rows in take.items()} == {
@@ -516,7 +522,7 @@ def test_a_take_is_complete_and_its_actions_lead_to_the_next_frame(recording):
     assert np.allclose(take["commanded"][:, :6], actions[:, :6], atol=5e-3)
     assert np.allclose(tool_pose(take["joints"][5])[0], proprio[5, :3], atol=5e-3)
     # The pictures are those of their step: seen from the front, the green fingers are where the tool is.
-    pictures = np.array([cv2.imdecode(jpeg, 1).astype(int) for jpeg in take["images/front"]])  # (T, H, W, BGR)
+    pictures = np.array([cv2.imdecode(jpeg, 1).astype(int) for jpeg in take["images/front"]])
     assert pictures.shape == (T, 96, 96, 3)
     blue, green, red = np.moveaxis(pictures, -1, 0)
     seen = np.array([np.nonzero(mask)[1].mean() for mask in (green > red + 40) & (green > blue + 40)])
@@ -549,7 +555,8 @@ def test_a_rollout_is_one_line_per_episode_and_goes_on_where_it_stopped(tmp_path
     short = ("import sys, robot, dataclasses; "
              "robot.TASKS['stack_cups'] = dataclasses.replace(robot.TASKS['stack_cups'], max_steps=15); "
              "robot.run(lambda: robot.main(sys.argv[1:]))")
-    args = ["rollout", "--checkpoint", tmp_path / "a.pt", "--compare", tmp_path / "b.pt", "--tasks", "stack_cups",
+    args = ["rollout", "--checkpoint", tmp_path / "a.pt", "--compare", tmp_path / "b.pt", "--tasks",
+            "stack_cups",
             "--out", tmp_path / "out", "--execute", 10, "--video", 1]
     for extra in (["--episodes", 1], ["--episodes", 2, "--resume"]):
         done = python("-c", short, *args, *extra)
@@ -591,7 +598,7 @@ MOVES = {"movej_canfd", "set_gripper_pick", "set_gripper_release", "set_collisio
 
 @needs_sdk
 @needs_gl
-def test_a_dry_run_sends_nothing_that_moves_and_the_arm_moves_only_after_a_word_was_typed(recording, fake, tmp_path):
+def test_a_dry_run_moves_nothing_and_the_arm_moves_only_after_a_word_was_typed(recording, fake, tmp_path):
     done = python("robot.py", "check", *fake.flags, "--out", tmp_path / "new" / "check.png")
     assert done.returncode == 0, done.stderr
     assert "DRY RUN" in done.stdout and cv2.imread(str(tmp_path / "new" / "check.png")).std() > 10

@@ -62,7 +62,7 @@ def test_it_is_the_stored_state_that_an_episode_starts_from(libero):
 
 
 def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
-    """Both render the same states: upright, of the same size, different by JPEG alone; proprioception, too."""
+    """Both render the same states: upright, equally large, different by JPEG alone; equal proprioception."""
     env = libero("libero_object").make(("agentview", "wrist"), 64)
     seen, states, actions = [env.reset(SOUP, 0)], [env.sim.get_sim_state()], []
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""Claims of prepare_data.py: the timeline, the format, runs that are killed, the twin, a source of one's own."""
+"""Claims of prepare_data.py: the timeline, the format, killed runs, the twin, a source of one's own."""
 import hashlib
 import json
 import os
@@ -197,7 +197,7 @@ def test_handles_do_not_travel(counting):
 # ---- killed, resumed, parallel -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_run_that_ends_early_leaves_a_half_made_folder_that_resumes(counting, tmp_path, monkeypatch, workers):
+def test_a_run_that_ends_early_leaves_a_folder_that_resumes(counting, tmp_path, monkeypatch, workers):
     out = tmp_path / "d"
     monkeypatch.setenv("COUNTING", json.dumps({"full_at": 7}))
     with pytest.raises(OSError, match="No space"):
@@ -212,7 +212,7 @@ def test_a_run_that_ends_early_leaves_a_half_made_folder_that_resumes(counting, 
     assert all((out / name).stat().st_mtime_ns == old[0] and (out / name).stat().st_ino == old[1]
                for name, old in before.items())
     done_again = [int(line.split()[0]) for line in (tmp_path / "log").read_text().splitlines()]
-    assert sorted(done_again) == list(range(3 * len(before), len(LENGTHS)))   # what finished shards do not hold
+    assert sorted(done_again) == list(range(3 * len(before), len(LENGTHS)))   # the rest
 
 
 def test_kill_9_leaves_no_processes_and_resumes(counting, tmp_path):
@@ -385,7 +385,8 @@ def fake_twin(monkeypatch):
         fake.seen.append((env.embodiment, task, seed))
         env.instruction, observations = tasks[task].instruction, []
         for steps in range(31):
-            image = np.full((*(env.size if isinstance(env.size, tuple) else (env.size,) * 2), 3), 5 * steps + 10,
+            image = np.full((*(env.size if isinstance(env.size, tuple) else (env.size,) * 2), 3),
+                            5 * steps + 10,
                             np.uint8)
             image[:, image.shape[1] // 2:] += 20
             observations.append({"images": {c: image for c in env.cameras}, "proprio": np.full(7, steps)})
@@ -497,7 +498,8 @@ from models import run
 from prepare_data import SOURCES, Source, main, to_jpegs, vector
 
 JOINTS = "j1 j2 j3 j4 j5 j6 gripper", "rad rad rad rad rad rad 1", "joints", "1 = open"
-ABOUT = {"cameras": ["front", "wrist"], "action": vector(*JOINTS, delta=[False] * 7), "proprio": vector(*JOINTS)}
+ABOUT = {"cameras": ["front", "wrist"], "action": vector(*JOINTS, delta=[False] * 7),
+         "proprio": vector(*JOINTS)}
 
 
 def my_episodes(args):
@@ -534,14 +536,15 @@ def test_a_source_of_ones_own_is_a_generator_and_an_entry(tmp_path):
             f["action"] = f["observations/qpos"] = np.arange(15)[:, None] * np.ones(7)
     command = [sys.executable, str(tmp_path / "my_data.py"), "mine", "--input", str(tmp_path / "in"), "--out",
                str(tmp_path / "d"), "--instruction", "do it", "--image-size", str(SIZE), "--workers", "2"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     data = EpisodeDataset(tmp_path / "d", 4, future=1)
     assert data.num_episodes == 2 and data.instructions == ["do it"] and data.cameras == ["front", "wrist"]
     for item in data:
         red, _, blue = item["frames"][0].float().mean((1, 2))
         assert red > 1.5 * blue and item["actions"][0, 0] == item["obs"]["proprio"][0] == item["t"]
-        assert torch.equal(item["actions"][item["is_pad"]], 13 * torch.ones(int(item["is_pad"].sum()), 7)), "held"
+        assert torch.equal(item["actions"][item["is_pad"]], 13 * torch.ones(int(item["is_pad"].sum()), 7))
     readme = (ROOT / "README.md").read_text()
     if "def my_episodes" in readme:
         assert EXAMPLE.strip() in re.sub(r"\n +(?=\n)", "\n", readme), "the README's example is this one"

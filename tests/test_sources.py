@@ -239,7 +239,8 @@ def test_a_name_that_is_no_text_is_read(made, tmp_path):
     (tmp_path / "in").mkdir()
     with open(os.fsencode(tmp_path / "in") + b"/v\xe9.mp4", "wb") as f:
         f.write((made("videos").root / "whole.mp4").read_bytes())
-    prepare_data.main(["videos", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "d"), "--workers", "1",
+    prepare_data.main(["videos", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "d"), "--workers",
+                       "1",
                        "--image-size", str(SIZE)])
     assert outcomes(tmp_path / "d") == {"v\\udce9.mp4": "24 frames"}
 
@@ -334,7 +335,7 @@ def test_annotations_are_all_kept_and_cleaned(made):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_bridge_from_the_zip_is_bridge_from_the_folder(made, tmp_path, compression):
-    """Also with a comment at its end and what macOS adds. A damaged member is one reject, a cut zip one line."""
+    """Also with a comment and what macOS adds. A damaged member is a reject, a cut zip one line."""
     path, name = tmp_path / "demos.zip", made("bridge").items[0].name
     dirty_data.zip_tree(made("bridge").root, path, compression)
     with zipfile.ZipFile(path, "a") as archive:
@@ -351,7 +352,8 @@ def test_bridge_from_the_zip_is_bridge_from_the_folder(made, tmp_path, compressi
     convert("bridge", path, tmp_path / "damaged")
     assert outcomes(tmp_path / "damaged")[name] == "damaged in the zip"
     path.write_bytes(data[:-5000])
-    assert "is not a whole zip" in convert("bridge", path, tmp_path / "e")[1] and not (tmp_path / "e").exists()
+    assert "is not a whole zip" in convert("bridge", path, tmp_path / "e")[1]
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_zip_of_more_than_4_gib_is_read(tmp_path):
@@ -477,16 +479,19 @@ def test_the_simulator_draws_what_a_recorder_saw(libero_assets, tmp_path):
     """Stored and drawn images are the same world at each step, from a reset with other furniture; and neither
     a question on stdin nor a file in the home folder. A demonstration that fails is rejected."""
     (tmp_path / "in").mkdir()
-    draw = ["libero", "--render", "--input", str(tmp_path / "in"), "--image-size", str(SIZE * 4), "--workers", "1"]
+    draw = ["libero", "--render", "--input", str(tmp_path / "in"), "--image-size", str(SIZE * 4),
+            "--workers", "1"]
     code = ("import sys, prepare_data, test_sources\n"
             f"test_sources.record_demonstration({str(tmp_path / 'in')!r})\n"
             f"prepare_data.main({[*draw, '--keep-failures', '--out', str(tmp_path / 'drawn')]!r})\n"
             f"prepare_data.main({[*draw, '--out', str(tmp_path / 'none')]!r})")
     env = {**os.environ, "LIBERO_ASSETS": libero_assets, "HOME": str(tmp_path / "home"),
            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True,
                           text=True)
-    assert "none of the 2 items can be used" in done.stderr and "no success" in done.stderr, done.stderr[-2000:]
+    assert "none of the 2 items can be used" in done.stderr, done.stderr[-2000:]
+    assert "no success" in done.stderr, done.stderr[-2000:]
     convert("libero", tmp_path / "in", tmp_path / "stored", "--image-size", str(SIZE * 4))
     stored, drawn = (EpisodeDataset(tmp_path / name, 1) for name in ("stored", "drawn"))
     for episode in (0, 1):
@@ -538,7 +543,8 @@ def test_odd_lerobot_metadata_is_one_line(made, tmp_path, monkeypatch):
         message = convert("lerobot", root, tmp_path / "d")[1]
         assert words in message and "\n" not in message, message
     (root / "meta" / "info.json").write_text(good)
-    assert "no camera 'top', but front, wrist" in convert("lerobot", root, tmp_path / "d", "--cameras", "top")[1]
+    message = convert("lerobot", root, tmp_path / "d", "--cameras", "top")[1]
+    assert "no camera 'top', but front, wrist" in message
     (root / "meta/episodes/chunk-000/file-001.parquet").write_bytes(b"PAR1")
     assert "file-001.parquet is not as expected" in convert("lerobot", root, tmp_path / "d")[1]
     assert "no meta/info.json" in convert("lerobot", tmp_path, tmp_path / "d")[1]
@@ -564,14 +570,16 @@ def test_a_mixture_draws_by_weight_and_spans_the_same_time(made):
     assert "actions" not in batch and "proprio" not in batch["obs"]
     assert batch["episode"][0] < len(mix.parts[0].lengths) <= batch["episode"][1]
     assert [mix.instructions[i] for i in batch["instruction_id"]] == batch["obs"]["instruction"]
-    assert mix.attrs["mixture"][1]["stride"] == 2 and mix.fingerprint not in [p.fingerprint for p in mix.parts]
+    assert mix.attrs["mixture"][1]["stride"] == 2
+    assert mix.fingerprint not in [p.fingerprint for p in mix.parts]
 
 
 def test_a_mixture_of_one_is_that_dataset(made):
     path = made("bridge").out
     mix, data = Mixture([path], 4, split="train"), EpisodeDataset(path, 4, split="train")
     assert len(mix) == len(data) and mix.fingerprint == data.fingerprint
-    assert mix.draw(np.random.default_rng(3), 9) == np.random.default_rng(3).integers(len(data), size=9).tolist()
+    drawn = np.random.default_rng(3).integers(len(data), size=9).tolist()
+    assert mix.draw(np.random.default_rng(3), 9) == drawn
     for a, b in ((mix[5], data[5]), (mix[len(mix) - 1], data[len(data) - 1])):
         assert torch.equal(a["actions"], b["actions"]) and a["episode"] == b["episode"]
     assert all(np.array_equal(mix.limits("actions")[k], data.limits("actions")[k]) for k in ("min", "max"))
