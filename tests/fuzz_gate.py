@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -86,15 +87,17 @@ def main(count=100_000, seed=0):
         try:
             ports = json.loads(fake.stdout.readline())
             arm = RealmanArm(f"127.0.0.1:{ports['port']}", move=True)
-            rng, begun = np.random.default_rng(seed), time.monotonic()
+            rng, begun, refused, shortened = np.random.default_rng(seed), time.monotonic(), Counter(), 0
             arm.sent = arm.joints
             arm.gate.hold(arm.sent)
             for number, (action, offset) in zip(range(count), stories(rng)):
                 try:
                     with np.errstate(all="ignore"):
-                        q, _ = arm.gate(action, arm.gate.q + offset)
-                except Refused:
+                        q, executed = arm.gate(action, arm.gate.q + offset)
+                    shortened += int(np.abs(executed[:6] - action[:6]).max() > 1e-4)
+                except Refused as why:
                     q = arm.gate.q
+                    refused[str(why).split(":")[0]] += 1
                 arm.aim, late = q, rng.random() < 0.3
                 for left in rng.uniform(-3, 6, 5) if late else (5, 4, 3, 2, 1):     # ... or a clock astray
                     arm.advance(left)
@@ -105,8 +108,8 @@ def main(count=100_000, seed=0):
             fake.kill()
             fake.wait()
         rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-    result = {"actions": count, "seconds": round(seconds, 1), "refused": dict(arm.gate.refusals),
-              "shortened": int(arm.gate.clamped), **check([row["m"] for row in rows if "m" in row])}
+    result = {"actions": count, "seconds": round(seconds, 1), "refused": dict(refused),
+              "shortened": shortened, **check([row["m"] for row in rows if "m" in row])}
     assert result["frames"] == 5 * count, f"{result['frames']} frames on the wire for {count} actions"
     print(json.dumps(result))
     return result
