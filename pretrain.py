@@ -64,9 +64,8 @@ def arguments(argv):
     add("--latent-dim", type=int, default=7, help="Z, width of a latent action; paper 7")
     add("--latent-norm", choices=("batch", "none"), default="batch",
         help="standardise latent actions over the batch before the tanh; paper none")
-    add("--latent-source", choices=("policy", "inverse"), default="policy", help="inverse: an encoder "
-        "that sees the future frames makes the latent actions, and the policy learns to predict them, as in "
-        "LAPA; paper policy")
+    add("--latent-source", choices=("policy", "inverse"), default="policy", help="inverse: an encoder of the "
+        "future frames makes the latent actions and the policy learns to predict them (LAPA); paper policy")
     add("--latents", choices=CONTROLS, default="learned", help="what the world model is fed. Controls: "
         "latent actions of other clips, zeros, latent actions without gradient (release), the true actions")
     add = p.add_argument_group("world model").add_argument
@@ -160,8 +159,7 @@ def check_gradients(modules, feed, batch, latents):
         raise InputError(f"the gradient of {reached}, but not {', '.join(none[:5])}: latent_actions() does "
                          "not use these tensors, or something detaches the latent actions before the loss")
     if len(zero) == len(names):
-        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores "
-                         "the latent actions")
+        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores what it is fed")
     print(f"gradient     of {reached}")
     if zero:        # no error: the data can be the reason, and all other tensors learn
         print(f"warning      it is exactly zero for {', '.join(zero)}: these tensors do not learn from such "
@@ -172,11 +170,9 @@ def check_gradients(modules, feed, batch, latents):
 def latent_action_report(z, world_model, batch, seed):
     """What the latent actions z (B, n, Z) do in the world model, on a batch of held-out clips (B) -> metrics.
 
-    Three failures show here: collapse (z_std), unused latent actions (shuffle_ratio), copying (copy_ratio).
-    A ratio is the loss, or one term of it, with other latent actions / with z, on the same clips and with the
-    same noise. The others are those of clips with the same instruction; of another moment of the same episode
-    (/episode), so that scene and light agree and only the motion differs; or zeros. copy_ratio is the open-
-    loop error / the error of repeating o_t. The README has a line for each metric.
+    A ratio is the loss, or one term of it, with other latent actions / with z, for the same clips and noise.
+    The others are permuted among clips of the same instruction; for /episode among moments of one episode, so
+    that only the motion differs; or zero. copy_ratio: open-loop error / error of repeating o_t.
     """
     generator = torch.Generator().manual_seed(seed)
     index, paired = shuffled_within(batch["instruction_id"].cpu(), generator)
@@ -252,12 +248,11 @@ def check(args):
     # One sample has no variance, and no other clip whose latent actions could be taken.
     at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
     if args.latent_source == "inverse" and args.latents != "learned":
-        raise InputError(f"--latents {args.latents} is a control for the policy's own latent actions: leave "
-                         "out --latent-source inverse")
+        raise InputError(f"--latents {args.latents} does not go with --latent-source inverse: leave out one")
 
 
 def open_data(args):
-    """-> training windows, held-out windows, and {"train", "val": labelled windows} or None for the probe."""
+    """-> training windows, held-out windows, {"train", "val": labelled windows} for the probe (or None)."""
     views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
     labels = ["actions"] if args.latents == "true" else []
     train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, cameras=views, future=views,
@@ -271,8 +266,7 @@ def open_data(args):
     if args.probe_data == "none":
         return train, held_out, None
     if not Path(args.probe_data).exists():
-        raise InputError(f"there are no labelled demonstrations at {args.probe_data}: give others, or "
-                         "--probe-data none")
+        raise InputError(f"no demonstrations at {args.probe_data}: give others, or --probe-data none")
     probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split)
              for split in ("train", "val")}
     if (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
