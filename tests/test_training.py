@@ -20,10 +20,12 @@ from conftest import metrics, stop_after
 from models import InputError
 
 FLAGS = "--smoke --device cpu --steps 4 --every 2 --batch-size 4".split()
+FEW = ["--eval-windows", "8"]
 
 
 def pre(data, out, *flags, video=None):
-    pretrain.main([*FLAGS, "--data", video or data.video, "--probe-data", "none", "--out", str(out), *flags])
+    pretrain.main([*FLAGS, *FEW, "--data", video or data.video, "--probe-data", "none", "--out", str(out),
+                   *flags])
     return models.load_checkpoint(Path(out) / "last.pt")
 
 
@@ -62,7 +64,7 @@ def test_the_four_lines_stand_together_without_a_branch_and_main_fits_two_screen
 # ---- exact resume ----
 
 def test_pretraining_killed_and_resumed_equals_an_uninterrupted_run_to_the_bit(data, pretrained, tmp_path):
-    flags = [*FLAGS, "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "run")]
+    flags = [*FLAGS, *FEW, "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "run")]
     killed = subprocess.run([sys.executable, "-c", (
         "import os, signal, conftest, pretrain; save = pretrain.save_checkpoint\n"
         "pretrain.save_checkpoint = lambda *a: save(*a) or os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -130,9 +132,9 @@ def test_a_gradient_of_zero_is_a_warning_that_names_the_tensors_and_training_goe
 
 
 def test_a_short_chunk_is_a_warning_with_the_flag_that_makes_it_longer(data, tmp_path, capsys):
-    pre(data, tmp_path / "a", "--steps", "1", "--chunk", "8")
-    assert "a chunk spans 0.40 s, in which little moves: try --strides 2\n" in capsys.readouterr().out
-    pre(data, tmp_path / "b", "--steps", "1", "--chunk", "8", "--strides", "2")
+    pre(data, tmp_path / "a", "--steps", "1", "--chunk", "4")
+    assert "a chunk spans 0.20 s, in which little moves: try --strides 3\n" in capsys.readouterr().out
+    pre(data, tmp_path / "b", "--steps", "1", "--chunk", "4", "--strides", "3")
     assert "little moves" not in capsys.readouterr().out
 
 
@@ -188,7 +190,7 @@ def test_what_the_world_model_is_fed_with_each_flag():
 
 def test_pretraining_learns(data, tmp_path):
     """The next frames of the moving square follow from its picture: the loss falls, the latents are used."""
-    pre(data, tmp_path, *"--steps 40 --every 40 --batch-size 8 --chunk 5 --warmup 5".split())
+    pre(data, tmp_path, *"--steps 40 --every 40 --batch-size 8 --chunk 4 --warmup 5".split())
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0], losses
@@ -199,7 +201,7 @@ def test_pretraining_learns(data, tmp_path):
 
 def test_finetuning_beats_chance_and_reports_units(data, pretrained, tmp_path):
     fine(data, tmp_path, "--init", str(pretrained),
-         *"--steps 60 --every 60 --batch-size 16 --shift 0 --warmup 5".split())
+         *"--steps 60 --every 60 --batch-size 8 --shift 0 --warmup 5 --lr 2e-3".split())
     last = metrics(tmp_path)[-1]
     std = json.loads((Path(data.robot) / "dataset.json").read_text())["statistics"]["actions"]["std"][0]
     assert last["val_l1/6"] < 0.8 * 0.5, "side of the picture, 0 or 1: better than always saying one half"
