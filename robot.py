@@ -608,8 +608,8 @@ class RealmanArm:
         """The gripper: its wanted side is sent when it changes, its opening is asked for 20 times a second.
 
         On a busy machine the library sometimes gives up after its 200 ms and prints "get_gripper_state revice
-        error". Frames go on: the library sends them while it waits for the gripper, and this thread is not the
-        watchdog's. A stop was on the wire within 15 ms as a rule, once after 166 ms on a busy machine
+        error". Frames go on: the library sends them while it waits for the gripper, and this thread is not
+        the watchdog's. A stop was on the wire within 15 ms as a rule, once after 166 ms on a busy machine
         (tests/rehearse_faults.py, "gripper late, space bar"). This thread asks again; a late answer then
         counts for a later question, so `opening` may be half a second old. SILENT questions in a row without
         an answer, which takes one to two seconds, stop the arm; so does a command that the gripper refuses.
