@@ -36,57 +36,59 @@ from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputEr
                     write_atomically)
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
-SMOKE = dict(steps=6, batch_size=8, every=4, eval_windows=16)
+SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
+
+# --latents: what the world model is fed, as a function of the policy's latent actions z, and as a text that
+# says which metrics to compare with those of a run with --latents learned.
+CONTROLS = {
+    "learned": (lambda z: z, "latent actions"),
+    "shuffled": (lambda z: z.roll(len(z) // 2, 0),
+                 "latent actions of other clips, so all ratios are near 1: compare copy_ratio"),
+    "zero": (torch.zeros_like, "zeros, so z_std is 0 and all ratios are 1: compare copy_ratio"),
+    "detached": (torch.Tensor.detach,                  # UPSTREAM: the effect of its torch.tensor(z)
+                 "latent actions without their gradient: compare z_std, the ratios and probe_r2"),
+    "true": (None, "true actions: latent actions can hardly reach better ratios or a better copy_ratio"),
+}
 
 
 def arguments(argv):
+    """Parse the flags. InputError for values that cannot work."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=["data/hand", "data/robot"], help="dataset folders; actions are read "
-        "for --latents true alone; paper BridgeData V2 and Something-Something v2")
-    add("--weights", nargs="+", type=float,
-        help="share of the training windows from each dataset, to any scale (default: all windows are alike)")
-    add("--strides", nargs="+", type=int, help="frames per step in each dataset; 1 = every frame (default: a "
-        "chunk spans about as long as in the dataset with the lowest frame rate)")
-    add("--views", choices=("main", "all"), default="main",
-        help="cameras that the policy and the world model see; paper main, all is its future work")
-    add("--probe-data", default="data/robot", help="labelled demonstrations for the linear probe in the "
-        "report; nothing is trained on them; none = off")
+    add("--data", nargs="+", default=["data/hand", "data/robot"], help="datasets; paper Bridge and SSv2")
+    add("--weights", nargs="+", type=float, help="share of each dataset, to any scale (default: by size)")
+    add("--strides", nargs="+", type=int, help="frames per step in each dataset (default: by frame rate)")
+    add("--views", choices=("main", "all"), default="main", help="cameras that both models see; paper main")
+    add("--probe-data", default="data/robot", help="labelled data for the logged linear probe; none = off")
     add("--shift", type=int, default=3, help="random shift of whole clips, pixels; 0 = off, paper")
     add("--workers", type=int, default=0, help="loader processes; 4 to 8 on a large machine")
     add = p.add_argument_group("policy").add_argument
     add("--policy", choices=POLICIES, default="baku", help="architecture; paper baku and diffusion")
     add("--policy-size", default="tiny", help="tiny or paper")
-    add("--text-encoder", choices=TextEncoder.DIM, default="hash",
-        help="frozen encoder of the instruction; hash needs no download; original BAKU minilm, release clip")
-    add("--chunk", type=int, help="n, latent actions per chunk; paper 10 (BAKU), 16 (diffusion) (default: "
-        + ", ".join(f"{name} {cls.CHUNK}" for name, cls in POLICIES.items()) + ")")
+    add("--text-encoder", choices=TextEncoder.DIM, default="hash", help="frozen; BAKU minilm, release clip")
+    add("--chunk", type=int, help="n, latent actions per chunk (default and paper: 10; diffusion 16)")
     add("--latent-dim", type=int, default=7, help="Z, width of a latent action; paper 7")
-    add("--latent-norm", choices=("batch", "none"), default="batch",
-        help="standardise latent actions over the batch before the tanh; paper none")
+    add("--latent-norm", choices=("batch", "none"), default="batch", help="before their tanh; paper none")
     add("--latent-source", choices=("policy", "inverse"), default="policy", help="inverse: an encoder of the "
-        "future frames makes the latent actions and the policy learns to predict them (LAPA); paper policy")
-    add("--latents", choices=CONTROLS, default="learned", help="what the world model is fed. Controls: "
-        "latent actions of other clips, zeros, latent actions without gradient (release), the true actions")
+        "future frames makes them, and the policy learns to predict them (LAPA); paper policy")
+    add("--latents", choices=CONTROLS, default="learned", help="what the world model is fed; paper learned")
     add = p.add_argument_group("world model").add_argument
     add("--world-model", choices=WORLD_MODEL_SIZES, default="tiny", help="size; paper 50m")
-    add("--context-frame", action=argparse.BooleanOptionalAction, default=True,
-        help="start the prediction from the posterior of o_t; paper yes")
+    add("--context-frame", action=argparse.BooleanOptionalAction, default=True, help="start from the "
+        "posterior of o_t; paper yes")
     add("--target", choices=TARGETS, default="pixels", help="what is predicted of a frame; paper pixels")
-    add("--predict", choices=("posterior", "prior", "both"), default="both",
-        help="reconstruct from states that have seen the frame, open loop, or both; paper posterior")
-    add("--motion-weight", type=float, default=10.0,
-        help="extra weight of pixels that change after the first frame; 0 = off, paper")
+    add("--predict", choices=("posterior", "prior", "both"), default="both", help="decode posteriors "
+        "(they have seen the frame), priors (open loop) or both; paper posterior")
+    add("--motion-weight", type=float, default=10.0, help="extra weight of moving pixels; 0 = off, paper")
     add("--free-bits", type=float, default=1.0, help="KL without penalty, nats per step; 0 = off; paper 1")
-    add("--decode-steps", type=int, default=4, help="frames decoded per window and step, drawn at random: "
-        "same expected loss at less cost; 0 = all, paper")
+    add("--decode-steps", type=int, default=4, help="frames decoded per window, at random; 0 = all, paper")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=800, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="windows per step; release 256")
     add("--lr", type=float, default=3e-4, help="learning rate of the policy; release 1e-4")
     add("--world-model-lr", type=float, default=1e-3, help="learning rate of the world model; release 1e-4")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
-    add("--weight-decay", type=float, default=1e-6, help="weight decay of AdamW; 0 = off; release 1e-6")
+    add("--weight-decay", type=float, default=1e-6, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=100.0, help="largest norm of the gradient; inf = off; release 100")
     add = p.add_argument_group("run").add_argument
     add("--out", default="runs/pretrain", help="run folder")
@@ -96,91 +98,125 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
-    add("--every", type=int, default=200, help="steps between two checkpoints, each with a report on "
-        "held-out clips; training metrics are logged ten times as often")
+    add("--every", type=int, default=200, help="steps between checkpoints, each with a report; training "
+        "metrics are logged ten times as often")
     add("--eval-windows", type=int, default=128, help="held-out windows of the report")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
-    args.chunk = args.chunk or POLICIES[args.policy].CHUNK
+    args.chunk = POLICIES[args.policy].CHUNK if args.chunk is None else args.chunk
+    at_least(args, 1, "chunk", "latent_dim", "steps", "every")
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    # A single sample has no variance, and no other clip whose latent actions it could get.
+    at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
+    if args.latent_source == "inverse" and args.latents != "learned":
+        raise InputError(f"--latents {args.latents} does not go with --latent-source inverse: leave out one")
     return args
 
 
-# ---- ablations: what the world model is fed ----------------------------------------------------------------
+# ---- data and models ---------------------------------------------------------------------------------------
 
-# --latents: what the world model is fed, and which metrics to compare with a run of --latents learned
-CONTROLS = {"learned": "latent actions",
-            "shuffled": "latent actions of other clips, so all ratios are near 1: compare copy_ratio",
-            "zero": "zeros, so z_std is 0 and all ratios are 1: compare copy_ratio",
-            "detached": "latent actions without their gradient: compare z_std, the ratios and probe_r2",
-            "true": "true actions, whose z_std, ratios and copy_ratio are a mark for latent actions to reach"}
+
+def open_data(args):
+    """-> training windows, held-out windows, {"train", "val": labelled windows} for the probe, or None."""
+    views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
+    labels = ["actions"] if args.latents == "true" else []             # otherwise no action is ever read
+    train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, cameras=views, future=views,
+                               split=split, labels=labels) for split in ("train", "val"))
+    if labels and train.action_dim is None:
+        raise InputError(f"--latents true needs actions, but {args.data[0]} has video only")
+    seconds = min(part.chunk * part.stride / part.fps for part in train.parts)
+    if seconds < 0.5:
+        longer = " ".join(str(math.ceil(0.5 / seconds) * part.stride) for part in train.parts)
+        print(f"warning      a chunk spans {seconds:.2f} s, in which little moves: try --strides {longer}")
+    if args.probe_data == "none":
+        return train, held_out, None
+    probe = Path(args.probe_data).exists() and {
+        split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split)
+        for split in ("train", "val")}
+    if not probe or (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
+                     or len(probe["val"].cameras) < views):
+        raise InputError(f"--probe-data {args.probe_data} must be a dataset with actions and {views} cameras "
+                         f"of {train.image_size} pixels: give another, or --probe-data none")
+    return train, held_out, probe
+
+
+def build(args, train):
+    """-> ModuleDict of policy, world_model and, with --latent-source inverse, inverse."""
+    config = dict(policy=args.policy, cameras=train.cameras, image_size=train.image_size, chunk=args.chunk,
+                  text_encoder=args.text_encoder, proprio_dim=None, action_dim=None, proprio_dropout=0.0,
+                  latent_dim=args.latent_dim, latent_norm=args.latent_norm == "batch", head="latent",
+                  **policy_numbers(args.policy, args.policy_size))
+    world_config = dict(size=args.world_model, image_size=train.image_size, views=len(train.cameras),
+                        action_dim=train.action_dim or args.latent_dim, predict=args.predict,
+                        target=args.target, motion_weight=args.motion_weight, free_bits=args.free_bits,
+                        dyn_scale=0.5, rep_scale=0.1,              # KL balancing, as in the release
+                        decode_steps=args.decode_steps, context_frame=args.context_frame)
+    modules = torch.nn.ModuleDict({"policy": make_policy(config), "world_model": WorldModel(world_config)})
+    if args.latent_source == "inverse":
+        modules["inverse"] = InverseDynamics(world_config)
+    return modules
 
 
 def make_feed(args, train, modules):
-    """The function feed(z, batch) -> actions (B, n, Z) for the world model, additional loss.
+    """-> function feed(z, batch) -> actions (B, n, Z) for the world model, a loss to add (scalar).
 
-    Unless --latents or --latent-source asks for an ablation, these are z, the policy's latent actions, and 0.
+    They are the policy's latent actions z and 0, unless --latents or --latent-source asks for an ablation.
     """
-    def from_frames(z, batch):          # the policy does not see the future, so it learns the mean
-        seen = modules["inverse"](batch["frames"])
-        return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
-
+    if "inverse" in modules:
+        def feed(z, batch):             # the policy does not see the future, so it learns the mean
+            seen = modules["inverse"](batch["frames"])
+            return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
+        return feed
     if args.latents == "true":
         action_norm = Normalizer(train.action_dim).to(args.device)
         action_norm.fit(train.limits("actions"))
-    return from_frames if "inverse" in modules else {
-        "learned": lambda z, batch: (z, 0.0),
-        "shuffled": lambda z, batch: (z.roll(len(z) // 2, 0), 0.0),
-        "zero": lambda z, batch: (torch.zeros_like(z), 0.0),
-        "detached": lambda z, batch: (z.detach(), 0.0),        # UPSTREAM: the effect of its torch.tensor(z)
-        "true": lambda z, batch: (action_norm.normalize(batch["actions"]), 0.0)}[args.latents]
+        return lambda z, batch: (action_norm.normalize(batch["actions"]), 0.0)
+    return lambda z, batch: (CONTROLS[args.latents][0](z), 0.0)
 
 
-# ---- what is watched while latent actions are learnt -----------------------------------------------------
+# ---- what is watched while latent actions are learnt -------------------------------------------------------
 
 
 def check_gradients(modules, feed, batch, latents):
-    """The claim that the method stands on: the loss of the world model reaches every parameter of the policy.
+    """The claim of the method: the gradient of the world-model loss reaches every parameter of the policy.
 
-    InputError if it does not, unless --latents asks for that. In eval mode, so that no statistics change.
+    InputError if it does not, unless --latents asks for that. The modules must be in eval mode.
     """
     actions, extra = feed(modules["policy"].latent_actions(batch["obs"]), batch)
     loss = modules["world_model"].loss(batch["frames"], actions, batch["is_pad"])[0] + extra
     names, parameters = zip(*modules["policy"].named_parameters())
-    gradients = dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)))
-    none = [name for name in names if gradients[name] is None]
-    zero = [name for name in names if name not in none and not gradients[name].any()]
-    reached = f"the world-model loss reaches {len(names) - len(none)} of {len(names)} policy tensors"
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    missed = [name for name, g in zip(names, gradients) if g is None or not g.any()]
+    reached = f"of the world-model loss reaches {len(names) - len(missed)} of {len(names)} policy tensors"
     if latents not in ("learned", "shuffled"):
-        assert len(none) == len(names), f"--latents {latents}, but the gradient of {reached}"
-        print(f"gradient     of {reached}: the policy is not trained, and probe_r2 is that of random weights")
-        return
-    if none:
-        raise InputError(f"the gradient of {reached}, but not {', '.join(none[:5])}: latent_actions() does "
-                         "not use these tensors, or something detaches the latent actions before the loss")
-    if len(zero) == len(names):
-        raise InputError(f"the gradient of {reached}, but is zero: the world model ignores what it is fed")
-    print(f"gradient     of {reached}")
-    if zero:        # no error: the data can be the reason, and all other tensors learn
-        print(f"warning      it is exactly zero for {', '.join(zero)}: these tensors do not learn from such "
-              "clips. A common reason is an input that is always zero")
+        assert len(missed) == len(names), f"--latents {latents}, but the gradient {reached}"
+        reached += ": the policy is not trained, and probe_r2 is that of random weights"
+    elif len(missed) == len(names) or any(g is None for g in gradients):
+        raise InputError(f"the gradient {reached}, but not {', '.join(missed[:5])}: something detaches the "
+                         "latent actions, latent_actions() does not use these tensors, or the world model "
+                         "ignores what it is fed")
+    elif missed:                        # no error: the data can be the reason, and all other tensors learn
+        reached += (f"\nwarning      it is zero for {', '.join(missed)}: these tensors do not learn from "
+                    "such clips. A common reason is an input that is always zero")
+    print(f"gradient     {reached}")
 
 
 @torch.no_grad()
 def latent_action_report(z, world_model, batch, seed):
-    """What the latent actions z (B, n, Z) do in the world model, on a batch of held-out clips (B) -> metrics.
+    """What the world model makes of the latent actions z (B, n, Z) of held-out clips (batch of B) -> metrics.
 
     A ratio is the loss, or one term of it, with other latent actions / with z, for the same clips and noise.
-    The others are permuted among clips of the same instruction; for /episode among moments of one episode, so
-    that only the motion differs; or zero. copy_ratio: open-loop error / error of repeating o_t.
+    The others are zero, or permuted among clips of the same instruction; for /episode among moments of one
+    episode, so that only the motion differs. copy_ratio: open-loop error / error of repeating o_t.
     """
     generator = torch.Generator().manual_seed(seed)
     index, paired = shuffled_within(batch["instruction_id"].cpu(), generator)
     same_episode, paired_too = shuffled_within(batch["episode"].cpu(), generator)
     paired &= paired_too
     if not paired.any():
-        raise InputError("shuffle_ratio needs two held-out windows of one episode: use more data or a larger "
-                         "--eval-windows")
+        raise InputError("shuffle_ratio needs two held-out windows of one episode: use more data, or a "
+                         "larger --eval-windows")
 
     def measure(actions):
         torch.manual_seed(seed)                                                       # same noise each time
@@ -199,16 +235,15 @@ def latent_action_report(z, world_model, batch, seed):
 
 
 @torch.no_grad()
-def latent_probe(policy, dataset, device, windows=3000):
+def latent_probe(policy, probe, device):
     """Held-out R2 of a linear probe from z_t ... z_t+n-1 to a_t, mean over the action dimensions that vary.
 
-    It is fitted on windows of the training episodes and scored on a third as many of the held-out ones.
+    It is fitted to windows of the training episodes and scored on windows of held-out episodes.
     """
     rows = {}
-    for split, data in dataset.items():
-        batches = []
-        chosen = Subset(data, data.spaced(windows if split == "train" else windows // 3))
-        for batch in DataLoader(chosen, batch_size=256):
+    for split, windows in (("train", 3000), ("val", 1000)):
+        data, batches = probe[split], []
+        for batch in DataLoader(Subset(data, data.spaced(windows)), batch_size=256):
             z = policy.latent_actions(by_position(to_device(batch["obs"], device), policy.cameras))
             batches.append((z.flatten(1).cpu(), batch["actions"][:, 0], batch["episode"]))
         rows[split] = [torch.cat(column).double().numpy() for column in zip(*batches)]
@@ -217,94 +252,38 @@ def latent_probe(policy, dataset, device, windows=3000):
 
 
 @torch.no_grad()
-def open_loop_strip(z, world_model, batch, path, clips=4, scale=2):
-    """Write a PNG: per clip three rows (truth, imagined, |error| x 2), per frame o_t ... o_t+n a column.
-
-    Targets other than pixels look as WorldModel.picture says.
-    """
-    whole = torch.argsort(batch["is_pad"].sum(1), stable=True)[:len(batch["is_pad"]) // 2]    # least padded
-    rows = whole[torch.linspace(0, len(whole) - 1, clips).long()].sort().values
+def open_loop_strip(z, world_model, batch, path):
+    """Write a PNG of four clips: per clip three rows (truth, imagined, |error| x 2), per frame o_t ... o_t+n
+    a column. WorldModel.picture says how targets other than pixels are shown."""
+    whole = torch.argsort(batch["is_pad"].sum(1), stable=True)[:len(z) // 2]          # the least padded clips
+    rows = whole[torch.linspace(0, len(whole) - 1, 4).long()]
     frames = batch["frames"][rows]
-    torch.manual_seed(0)
     start = world_model.context(world_model.embed(frames)[:, 0])
-    imagined = world_model.decode(world_model.imagine(start, z[rows]))                # (clips, n, C, h, w)
-    imagined = torch.cat([world_model.decode({k: v[:, None] for k, v in start.items()}), imagined], 1)
-    truth = torch.cat(targets(frames, world_model.config["target"]), 1)               # (clips, n+1, C, h, w)
+    imagined = world_model.imagine(start, z[rows])
+    imagined = world_model.decode({k: torch.cat([start[k][:, None], imagined[k]], 1)
+                                   for k in ("deter", "stoch")})                      # (4, n+1, C, h, w)
+    truth = torch.cat(targets(frames, world_model.config["target"]), 1)               # (4, n+1, C, h, w)
     first = frames[:, 0, :3].float() / 255
-    truth, imagined = (world_model.picture(x, first) for x in (truth, imagined))      # (clips, n+1, 3, H, W)
+    truth, imagined = (world_model.picture(x, first) for x in (truth, imagined))      # (4, n+1, 3, H, W)
     picture = torch.stack([truth, imagined, (2 * (truth - imagined).abs()).clamp(max=1)], 1)
-    picture = picture.permute(0, 1, 4, 2, 5, 3).flatten(0, 2).flatten(1, 2)          # (clips*3*H, (n+1)*W, 3)
-    picture = (picture.cpu().numpy() * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+    picture = picture.permute(0, 1, 4, 2, 5, 3).flatten(0, 2).flatten(1, 2)           # (12 * H, (n+1) * W, 3)
+    picture = (picture.cpu().numpy() * 255).astype(np.uint8)
     write_atomically(path, cv2.imencode(".png", picture[..., ::-1])[1].tobytes())
 
 
-# ---- the run ---------------------------------------------------------------------------------------------
-
-
-def check(args):
-    """InputError for values that cannot work."""
-    at_least(args, 1, "chunk", "latent_dim", "steps", "every", "eval_windows")
-    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
-    # One sample has no variance, and no other clip whose latent actions could be taken.
-    at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
-    if args.latent_source == "inverse" and args.latents != "learned":
-        raise InputError(f"--latents {args.latents} does not go with --latent-source inverse: leave out one")
-
-
-def open_data(args):
-    """-> training windows, held-out windows, {"train", "val": labelled windows} for the probe (or None)."""
-    views = 1 if args.views == "main" else len(read_manifest(args.data[0])[0]["cameras"])
-    labels = ["actions"] if args.latents == "true" else []
-    train, held_out = (Mixture(args.data, args.chunk, args.weights, args.strides, cameras=views, future=views,
-                               split=split, labels=labels) for split in ("train", "val"))
-    if labels and train.action_dim is None:
-        raise InputError(f"--latents true needs actions, but {args.data[0]} has video only")
-    seconds = min(part.chunk * part.stride / part.fps for part in train.parts)
-    if seconds < 0.5:
-        longer = " ".join(str(math.ceil(0.5 / seconds) * part.stride) for part in train.parts)
-        print(f"warning      a chunk spans {seconds:.2f} s, in which little moves: try --strides {longer}")
-    if args.probe_data == "none":
-        return train, held_out, None
-    if not Path(args.probe_data).exists():
-        raise InputError(f"no demonstrations at {args.probe_data}: give others, or --probe-data none")
-    probe = {split: EpisodeDataset(args.probe_data, args.chunk, cameras=views, split=split)
-             for split in ("train", "val")}
-    if (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
-            or len(probe["val"].cameras) < views):
-        raise InputError(f"--probe-data {args.probe_data} must have actions and {views} cameras of "
-                         f"{train.image_size} pixels, like {args.data[0]}: give others, or --probe-data none")
-    return train, held_out, probe
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def clip_gradients(modules, largest):
     """Scale all gradients to a common norm of at most `largest` -> {"grad_norm/MODULE": norm before that}."""
-    norms = {f"grad_norm/{name}": torch.nn.utils.get_total_norm(
-        [p.grad for p in module.parameters() if p.grad is not None]).item()
-        for name, module in modules.items()}
+    norms = {f"grad_norm/{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), math.inf).item()
+             for name, module in modules.items()}
     torch.nn.utils.clip_grad_norm_(modules.parameters(), largest)
     return norms
 
 
-def build(args, train):
-    """-> config of the policy, config of the world model (plain data), modules: both, and inverse if any."""
-    config = dict(policy=args.policy, cameras=train.cameras, image_size=train.image_size, chunk=args.chunk,
-                  text_encoder=args.text_encoder, proprio_dim=None, action_dim=None, proprio_dropout=0.0,
-                  latent_dim=args.latent_dim, latent_norm=args.latent_norm == "batch", head="latent",
-                  **policy_numbers(args.policy, args.policy_size))
-    world_config = dict(size=args.world_model, image_size=train.image_size, views=len(train.cameras),
-                        action_dim=train.action_dim or args.latent_dim, predict=args.predict,
-                        target=args.target, motion_weight=args.motion_weight, free_bits=args.free_bits,
-                        dyn_scale=0.5, rep_scale=0.1,              # KL balancing, as in the release
-                        decode_steps=args.decode_steps, context_frame=args.context_frame)
-    modules = torch.nn.ModuleDict({"policy": make_policy(config), "world_model": WorldModel(world_config)})
-    if args.latent_source == "inverse":
-        modules["inverse"] = InverseDynamics(world_config)
-    return config, world_config, modules
-
-
 def main(argv=None):
     args = arguments(argv)
-    check(args)
     out, origin, device = Path(args.out), provenance(), pick_device(args.device)
     checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers",
                                       "every"})
@@ -314,14 +293,14 @@ def main(argv=None):
 
     # ---- data ----
     train, held_out, probe = open_data(args)
-    # Four windows near each other at a time, mostly of one episode: latent actions can be permuted within it.
+    # Groups of four windows, mostly of one episode, so that latent actions can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(held_out))
     eval_batch = to_device(next(iter(DataLoader(Subset(held_out, rows), batch_size=len(rows)))), device)
     few = to_device(default_collate([held_out[row] for row in rows[:8]]), device)
 
     # ---- policy, world model, one optimiser for both ----
-    config, world_config, modules = build(args, train)
+    modules = build(args, train)
     policy, world_model = modules["policy"], modules["world_model"]
     feed = make_feed(args, train, modules.to(device))
     # UPSTREAM: betas (0.95, 0.999), no decay of biases and norms; at 1e-6 the decay hardly matters.
@@ -329,10 +308,8 @@ def main(argv=None):
         {"params": module.parameters(), "peak": args.lr if name == "policy" else args.world_model_lr}
         for name, module in modules.items()], betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes\n"
-          f"policy       {args.policy} {args.policy_size}, {count(policy):,} parameters, chunk {args.chunk}, "
-          f"latent actions of width {args.latent_dim}\n"
-          f"world model  {args.world_model}, {count(world_model):,} parameters, predicts {args.target}\n"
-          f"{'':12s} and is fed {CONTROLS[args.latents]}")
+          f"policy       {args.policy}, {count(policy):,} parameters, chunk {args.chunk}\n"
+          f"world model  {count(world_model):,} parameters, and is fed {CONTROLS[args.latents][1]}")
     start = 0
     if checkpoint:
         check_same(out / "last.pt", {"data": checkpoint["fingerprint"]}, {"data": train.fingerprint})
@@ -348,7 +325,7 @@ def main(argv=None):
     def report(step):
         modules.eval()
         z = policy.latent_actions(eval_batch["obs"])
-        if "inverse" not in modules:    # whose latent actions know the future: the policy's guess counts
+        if "inverse" not in modules:    # the inverse model has seen the future, so the policy's z is reported
             z, _ = feed(z, eval_batch)
         metrics = latent_action_report(z, world_model, eval_batch, args.seed)
         open_loop_strip(z, world_model, eval_batch, out / "open_loop.png")
@@ -357,15 +334,14 @@ def main(argv=None):
         log(step, metrics)
         modules.train()
 
-    if start == 0:
-        report(0)
-
     # ---- loop ----
-    modules.train()
     # The batch and the noise of a step follow from (seed, step) alone: an exact resume needs nothing else.
     batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
+    if start == 0:
+        report(0)
+    modules.train()
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True)
     clock, waited = time.time(), 0.0
     for step, batch in enumerate(loader, start):
@@ -380,10 +356,10 @@ def main(argv=None):
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
 
         z = policy.latent_actions(obs)                                                # (B, n, Z)
-        actions, extra = feed(z, batch)                                               # z, 0; see --latents
+        actions, extra = feed(z, batch)                 # z and 0, unless a flag asks for an ablation
         loss, logs = world_model.loss(batch["frames"], actions, batch["is_pad"])      # (Eq. 5)
         loss = loss + extra
-        loss.backward()                             # the gradient flows back through z into the policy
+        loss.backward()                                 # the gradient flows back through z into the policy
         norms = clip_gradients(modules, args.clip)
         optimizer.step()
 
@@ -401,7 +377,7 @@ def main(argv=None):
         if done % args.every == 0 or done == args.steps:
             report(done)
             save_checkpoint(out / "last.pt", dict(
-                stage="pretrain", step=done, config=config, world_config=world_config,
+                stage="pretrain", step=done, config=policy.config, world_config=world_model.config,
                 **{name: module.state_dict() for name, module in modules.items()},
                 optimizer=optimizer.state_dict(), args=vars(args), data=train.attrs,
                 fingerprint=train.fingerprint, provenance=origin))
