@@ -31,50 +31,42 @@ from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_le
                     pick_device, policy_numbers, provenance, random_shift, run, save_checkpoint, to_device)
 from prepare_data import Mixture
 
-SMOKE = dict(steps=6, batch_size=8, every=4)
-SCRATCH = dict(policy="baku", policy_size="tiny", text_encoder="hash", chunk=None)
+SMOKE = dict(steps=6, batch_size=8, every=6)
 
 
 def arguments(argv):
+    """Parse the flags. InputError for values that cannot work."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument_group("data").add_argument
-    add("--data", nargs="+", default=["data/robot"],
-        help="dataset folders, all with the same kind of actions, cameras and proprioception")
-    add("--weights", nargs="+", type=float,
-        help="share of the training windows from each dataset, to any scale (default: all windows are alike)")
-    add("--strides", nargs="+", type=int, help="frames per step in each dataset; the changes of so "
-        "many actions are added up (default: all near the lowest rate; one dataset: 1)")
-    add("--demos-per-task", type=int,
-        help="use the first N training demonstrations of each task alone (default: all)")
+    add("--data", nargs="+", default=["data/robot"], help="datasets with the same actions and cameras")
+    add("--weights", nargs="+", type=float, help="share of each dataset, to any scale (default: by size)")
+    add("--strides", nargs="+", type=int, help="frames per step in each dataset (default: by frame rate)")
+    add("--demos-per-task", type=int, help="use the first N demonstrations of each task (default: all)")
     add("--no-proprio", action="store_true", help="ignore the proprioception of the data")
     add("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each image are "
-        "multiplied by 1 +- this at most; 0 = off; release 0.3 on LIBERO")
+        "multiplied by up to 1 +- this; 0 = off; release 0.3 on LIBERO")
     add("--workers", type=int, default=0, help="loader processes; 4 to 8 on a large machine")
     add = p.add_argument_group("policy").add_argument
-    add("--init", default="runs/pretrain/last.pt",
-        help="checkpoint of pretrain.py or finetune.py to start from, or the word scratch")
-    add("--head", choices=("reinit", "add"), default="reinit",
-        help="initialise the last layer anew, or add a layer after the latent actions; paper reinit")
-    add("--freeze-steps", type=int, default=0,
-        help="number of first steps in which only new layers are trained; 0 = off, release")
+    add("--init", default="runs/pretrain/last.pt", help="checkpoint to start from, or the word scratch")
+    add("--head", choices=("reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
+        "the latent actions; paper reinit")
+    add("--freeze-steps", type=int, default=0, help="first steps that train new layers alone; 0 = off")
     add("--ema", type=float, help="decay of the averaged weights, which are then evaluated; in step t at "
         "most (1 + t) / (10 + t); 0 = off (default: diffusion 0.9999, as the release; others 0)")
-    add("--proprio-dropout", type=float, default=0.3,
-        help="share of the samples in which proprioception is hidden; 0 = off, release")
+    add("--proprio-dropout", type=float, default=0.3, help="share of the samples in which proprioception is "
+        "hidden; 0 = off, release")
     add = p.add_argument_group("policy, only with --init scratch (else see the checkpoint)").add_argument
-    add("--policy", choices=POLICIES, help=f"architecture (default: {SCRATCH['policy']})")
-    add("--policy-size", help=f"tiny or paper (default: {SCRATCH['policy_size']})")
-    add("--text-encoder", choices=TextEncoder.DIM,
-        help=f"frozen encoder of the instruction (default: {SCRATCH['text_encoder']})")
-    add("--chunk", type=int, help="n, actions per chunk; paper 10 (BAKU), 16 (diffusion) (default: "
-        + ", ".join(f"{name} {cls.CHUNK}" for name, cls in POLICIES.items()) + ")")
+    add("--policy", choices=POLICIES, help="architecture (default: baku)")
+    add("--policy-size", help="tiny or paper (default: tiny)")
+    add("--text-encoder", choices=TextEncoder.DIM, help="frozen (default: hash); BAKU minilm, release clip")
+    add("--chunk", type=int, help="n, actions per chunk (default and paper: 10; diffusion 16)")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="windows per step; release 256")
     add("--lr", type=float, default=5e-4, help="learning rate; release 1e-4")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
-    add("--weight-decay", type=float, default=1e-4, help="weight decay of AdamW; 0 = off; release 1e-6")
+    add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=10.0, help="largest norm of the gradient; inf = off; release 100")
     add = p.add_argument_group("run").add_argument
     add("--out", default="runs/finetune", help="run folder")
@@ -84,57 +76,61 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
-    add("--every", type=int, default=500, help="steps between two checkpoints, each with a validation; "
-        "training metrics are logged ten times as often")
+    add("--every", type=int, default=500, help="steps between checkpoints, each with a validation; training "
+        "metrics are logged ten times as often")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    at_least(args, 1, "chunk", "steps", "batch_size", "every")
+    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "freeze_steps")
+    if args.ema is not None and not 0 <= args.ema < 1:
+        raise InputError(f"--ema takes a decay from 0 to below 1, got {args.ema}")
+    return args
 
 
 def starting_point(args):
-    """What --init names -> {"config", "policy": weights}; for scratch only "config". InputError"""
+    """-> config and weights of the policy that --init names; for scratch the weights are None. InputError"""
+    chosen = {name: value for name in ("policy", "policy_size", "text_encoder", "chunk")
+              if (value := getattr(args, name)) is not None}
     if args.init == "scratch":
         if args.head == "add" or args.freeze_steps:
-            raise InputError("--head add and --freeze-steps keep what was pretrained: they need --init "
-                             "CHECKPOINT")
-        choice = {name: getattr(args, name) or default for name, default in SCRATCH.items()}
-        numbers = policy_numbers(choice["policy"], choice.pop("policy_size"))
-        choice["chunk"] = choice["chunk"] or POLICIES[choice["policy"]].CHUNK
-        return {"config": {**choice, "latent_dim": 7, "latent_norm": False, **numbers}}
-    given = [name for name in SCRATCH if getattr(args, name) is not None]
-    if given:
-        raise InputError(f"--{given[0].replace('_', '-')} goes with --init scratch: {args.init} has its own "
-                         "architecture")
+            raise InputError("--head add and --freeze-steps keep pretrained layers: give --init CHECKPOINT")
+        config = {"policy": "baku", "policy_size": "tiny", "text_encoder": "hash", **chosen}
+        numbers = policy_numbers(config["policy"], config.pop("policy_size"))
+        return {"chunk": POLICIES[config["policy"]].CHUNK, **config, "latent_dim": 7, "latent_norm": False,
+                **numbers}, None
+    if chosen:
+        raise InputError(f"--{list(chosen)[0].replace('_', '-')} goes with --init scratch: {args.init} has "
+                         "its own architecture")
     checkpoint = load_checkpoint(args.init)
-    if args.head == "add" and checkpoint["config"]["head"] == "action":
-        raise InputError(f"--head add puts a layer after the latent actions, but {args.init} has none: leave "
-                         "it out")
-    return {name: checkpoint[name] for name in ("config", "policy")}
+    return checkpoint["config"], checkpoint["policy"]
 
 
-def finetuning_config(args, config, data):
-    """The architecture for these demonstrations: their cameras, proprioception and actions. InputError"""
-    proprio_dim = None if args.no_proprio else data.proprio_dim
-    if args.init != "scratch":
-        if config["image_size"] != data.image_size:
-            raise InputError(f"{args.init} expects images of {config['image_size']} pixels, {args.data[0]} "
-                             f"has {data.image_size}: prepare it with --image-size {config['image_size']}")
-        if len(config["cameras"]) > len(data.cameras):
-            raise InputError(f"{args.init} expects {len(config['cameras'])} cameras, {args.data[0]} has "
-                             f"{len(data.cameras)}: give data with as many, or pretrain with --views main")
-        if config["proprio_dim"] and not proprio_dim:
-            raise InputError(f"{args.init} expects proprioception: give data that have it, and leave out "
-                             "--no-proprio")
-    return {**config, "image_size": data.image_size, "cameras": data.cameras, "proprio_dim": proprio_dim,
-            "action_dim": data.action_dim, "head": {"reinit": "action", "add": "add"}[args.head],
-            "proprio_dropout": args.proprio_dropout}
+def finetuning_config(args, start, data):
+    """-> start, the config of --init, with the cameras, proprioception and actions of the demonstrations.
+    InputError when the pretrained policy needs an input that they do not have."""
+    config = {**start, "image_size": data.image_size, "cameras": data.cameras, "action_dim": data.action_dim,
+              "proprio_dim": None if args.no_proprio else data.proprio_dim,
+              "proprio_dropout": args.proprio_dropout,
+              "head": "add" if args.head == "add" else "action"}
+
+    def needs(c):
+        return (f"images of {c['image_size']} pixels, {len(c['cameras'])} cameras and "
+                f"{'proprioception' if c['proprio_dim'] else 'no proprioception'}")
+
+    if args.init != "scratch" and (start["image_size"] != config["image_size"]
+                                   or len(start["cameras"]) > len(config["cameras"])
+                                   or (start["proprio_dim"] and not config["proprio_dim"])):
+        raise InputError(f"{args.init} expects {needs(start)}, but {args.data[0]} gives {needs(config)}: "
+                         "cameras and proprioception may be added only; prepare_data.py has --image-size")
+    return config
 
 
 @torch.no_grad()
-def validate(policy, data, device, windows=512):
+def validate(policy, data, device):
     """Mean absolute error of the actions on held-out episodes, in the data's units, per dimension (A,)."""
     errors, valid = 0, 0
-    for batch in DataLoader(Subset(data, data.spaced(windows)), batch_size=128):
+    for batch in DataLoader(Subset(data, data.spaced(512)), batch_size=128):
         batch = to_device(batch, device)
         keep = ~batch["is_pad"]                                                       # (B, n)
         errors = errors + (policy.act(batch["obs"]) - batch["actions"]).abs()[keep].sum(0)
@@ -144,57 +140,47 @@ def validate(policy, data, device, windows=512):
 
 @torch.no_grad()
 def average(averaged, policy, decay):
-    """averaged <- decay * averaged + (1 - decay) * policy, in place."""
+    """averaged <- decay * averaged + (1 - decay) * policy, in place; counters are copied."""
     for mean, now in zip(averaged.state_dict().values(), policy.state_dict().values()):
-        if mean.is_floating_point():
-            mean.lerp_(now, 1 - decay)
-        else:
-            mean.copy_(now)
+        mean.copy_(torch.lerp(mean, now, 1 - decay) if mean.is_floating_point() else now)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
     args = arguments(argv)
-    out = Path(args.out)
+    out, origin, device = Path(args.out), provenance(), pick_device(args.device)
     checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "workers", "every"})
-    at_least(args, 1, "chunk", "steps", "batch_size", "every")
-    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "freeze_steps")
-    if args.ema is not None and not 0 <= args.ema < 1:
-        raise InputError(f"--ema takes a decay from 0 to below 1, got {args.ema}")
-    origin, device = provenance(), pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     # ---- data ----
-    begin = checkpoint or starting_point(args)             # a run that is resumed no longer needs --init
-    chunk = begin["config"]["chunk"]
+    # A run that is resumed no longer needs what --init names.
+    config, pretrained = (checkpoint["config"], None) if checkpoint else starting_point(args)
     train, held_out = (
-        Mixture(args.data, chunk, args.weights, args.strides, split=split, demos_per_task=demos)
+        Mixture(args.data, config["chunk"], args.weights, args.strides, split=split, demos_per_task=demos)
         for split, demos in (("train", args.demos_per_task), ("val", None)))
     if train.action_dim is None:
         raise InputError(f"{args.data[0]} has video only: finetuning needs actions (python prepare_data.py "
                          "sim makes some)")
+    print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes; cameras "
+          f"{', '.join(train.cameras)}")
 
     # ---- policy ----
-    config = checkpoint["config"] if checkpoint else finetuning_config(args, begin["config"], train)
-    policy = make_policy(config)
-    print(f"policy       {config['policy']}, {count(policy):,} parameters, chunk {chunk}, from {args.init}")
+    policy = make_policy(config if checkpoint else finetuning_config(args, config, train))
+    print(f"policy       {policy.config['policy']}, {count(policy):,} parameters, chunk {policy.chunk}, from "
+          f"{args.init}")
     new = checkpoint["new"] if checkpoint else []
-    if "policy" in begin and not checkpoint:
-        names = init_from_pretrained(policy, begin["policy"], args.init)
+    if pretrained:
+        names = init_from_pretrained(policy, pretrained, args.init)
         for kind, keys in names.items():
             print(f"{kind:12s} {len(keys)} tensors" + (f": {', '.join(keys)}" if kind != "loaded" else ""))
         new = names["new"]
     policy.action_norm.fit(train.limits("actions"))
-    if config["proprio_dim"]:
+    if policy.config["proprio_dim"]:
         policy.proprio_norm.fit(train.limits("proprio"))
-    low, high = policy.action_norm.low.tolist(), policy.action_norm.high.tolist()
-    print("normaliser   actions: " + ", ".join(f"[{a:.3f}, {b:.3f}]" for a, b in zip(low, high)))
-    print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes; cameras "
-          f"{', '.join(train.cameras)}")
     policy = policy.to(device)
     decay = policy.EMA if args.ema is None else args.ema
     averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
@@ -243,7 +229,7 @@ def main(argv=None):
             raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr or --clip. {out}/last.pt "
                              "is from before")
         done = step + 1
-        if decay:                                          # early on over the last tenth of the steps
+        if decay:                                          # at first the average covers a tenth of the steps
             average(averaged, policy, min(decay, (1 + done) / (10 + done)))
         bar.update()
         if done % max(1, args.every // 10) == 0 or done == args.steps:
@@ -255,7 +241,7 @@ def main(argv=None):
             log(done, {f"val_l1/{i}": e.item() for i, e in enumerate(validate(averaged, held_out, device))})
             policy.train()
             save_checkpoint(out / "last.pt", dict(
-                stage="finetune", step=done, config=config, policy=averaged.state_dict(),
+                stage="finetune", step=done, config=policy.config, policy=averaged.state_dict(),
                 last_weights=policy.state_dict() if decay else None, new=new,
                 optimizer=optimizer.state_dict(), args=vars(args), data=train.attrs,
                 fingerprint=train.fingerprint, provenance=origin))
