@@ -11,14 +11,14 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)     # results do not depend on the machine's cores, busy cores do not slow it down
+torch.set_num_threads(1)     # so that results do not depend on the number of cores
 
 import prepare_data  # noqa: E402
 import robot  # noqa: E402
 
 
 def moving_square(seed, length=24, size=32):
-    """A square whose motion is the true action: frames (T, H, W, 3), actions (T-1, 7): pixels / 100,
+    """A square whose motion is the true action -> frames (T, H, W, 3), actions (T-1, 7) in pixels / 100,
     proprio (T, 7)."""
     rng = np.random.default_rng(seed)
     position, frames, actions, proprio = rng.uniform(6, 26, 2), [], [], []
@@ -36,7 +36,7 @@ def moving_square(seed, length=24, size=32):
 
 
 def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=24):
-    """A dataset folder through the project's own writer. Instructions alternate between two."""
+    """Write a dataset folder with the project's own writer. Instructions alternate between two."""
     def job(i):
         frames, acts, proprio = moving_square(i, length)
         jpeg = [prepare_data.encode_frame(cv2.cvtColor(f, cv2.COLOR_RGB2BGR)) for f in frames]
@@ -47,7 +47,7 @@ def write_dataset(folder, episodes=20, cameras=("front",), actions=True, length=
     about = dict(source="square", image_size=32, cameras=list(cameras), resize="none", flip="none",
                  format_version=prepare_data.FORMAT_VERSION, alignment="pre", extra={},
                  proprio={"names": list("xy.....")} if actions else None,
-                 # The square's numbers pass for those of the twin, so that a policy of it may act there.
+                 # The attributes of the twin's actions, so that a policy of the square may act on the twin.
                  action={**robot.ACTION, "names": "x y . . . . side".split()} if actions else None)
     folder.mkdir(parents=True)
     jobs = [{"name": f"{i:03d}", **prepare_data.check_episode(job(i), about)} for i in range(episodes)]
@@ -69,19 +69,8 @@ def data(tmp_path_factory):
 def libero_assets():
     assets = os.environ.get("LIBERO_ASSETS")
     if not assets or not Path(assets, "scenes").is_dir():
-        pytest.skip("LIBERO's meshes and textures are not here: LIBERO_ASSETS names their folder")
+        pytest.skip("needs LIBERO's meshes and textures in the folder that LIBERO_ASSETS names")
     return assets
-
-
-def stop_after(monkeypatch, script, step):
-    """The script is killed right after it has saved `step`."""
-    save = script.save_checkpoint
-
-    def save_then_die(path, checkpoint):
-        save(path, checkpoint)
-        if checkpoint["step"] == step:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(script, "save_checkpoint", save_then_die)
 
 
 def metrics(run):

@@ -15,43 +15,36 @@ from test_training import equal, fine, pre
 
 SHORT = ["--steps", "1", "--chunk", "4"]
 README = (Path(models.__file__).parent / "README.md").read_text()
-
-
-def all_stages(data, out, policy):
-    """pretrain -> finetune -> rollout on the twin -> CCA, as in the README -> episodes.jsonl."""
-    pre(data, out / "pre", "--policy", policy, "--steps", "2")
-    fine(data, out / "fine", "--init", str(out / "pre" / "last.pt"), "--steps", "2")
-    cca.main(["--smoke", "--checkpoint", str(out / "pre" / "last.pt"), "--data", data.robot, "--device",
-              "cpu", "--video", "none", "--max-windows", "120"])
-    return roll_out(out / "fine" / "last.pt", out / "eval")
+ALL_REACHED = r"gradient     of the world-model loss reaches (\d+) of \1 policy tensors\n"
 
 
 def roll_out(checkpoint, out):
+    """Two short episodes on the twin -> the hashes of their actions."""
     evaluate.main(["--checkpoint", str(checkpoint), "--tasks", "stack_cups", "--episodes", "2", "--max-steps",
                    "18", "--no-controls", "--workers", "0", "--out", str(out)])
-    return (out / "episodes.jsonl").read_text()
+    return re.findall(r'"actions": "(\w+)"', (out / "episodes.jsonl").read_text())
 
 
-@pytest.mark.parametrize("policy", models.POLICIES)
-def test_every_policy_goes_through_all_stages(data, tmp_path, capsys, policy):
-    episodes = all_stages(data, tmp_path, policy)
-    assert len(episodes.splitlines()) == 2
+@pytest.mark.parametrize("policy", [*models.POLICIES, "linear"])
+def test_every_policy_goes_through_all_stages(data, tmp_path, capsys, monkeypatch, policy):
+    """Also the README's example of a new policy, `linear`: the stages need no other change for it."""
+    if policy == "linear":
+        blocks, names = re.findall(r"```python\n(.*?)```", README, re.S), {**vars(models)}
+        exec(next(b for b in blocks if "class Linear(Policy)" in b).split("POLICIES =")[0], names)
+        monkeypatch.setitem(models.POLICIES, "linear", names["Linear"])
+    pretrained, finetuned = (str(tmp_path / stage / "last.pt") for stage in ("pre", "fine"))
+    pre(data, tmp_path / "pre", "--policy", policy, "--steps", "1")
+    fine(data, tmp_path / "fine", "--init", pretrained, "--steps", "1")
     text = capsys.readouterr().out
-    assert re.search(r"gradient     of the world-model loss reaches (\d+) of \1 policy tensors\n", text)
+    assert re.search(ALL_REACHED, text)
     new = next(line for line in text.splitlines() if line.startswith("new"))
     assert "action_out.weight" in new and "image_encoder" not in new, "what finetuning adds is named"
+    cca.main(["--smoke", "--checkpoint", pretrained, "--data", data.robot, "--device", "cpu", "--video",
+              "none", "--max-windows", "120"])
+    hashes = roll_out(finetuned, tmp_path / "eval")
+    assert len(hashes) == 2
     if policy == "diffusion":           # it draws noise
-        hashes = [re.findall(r'"actions": "(\w+)"', text)
-                  for text in (episodes, roll_out(tmp_path / "fine" / "last.pt", tmp_path / "again"))]
-        assert hashes[0] == hashes[1], "the random numbers of a policy follow from the episode"
-
-
-def test_the_linear_policy_of_the_readme_goes_through_all_stages(data, tmp_path, monkeypatch):
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "class Linear(Policy)" in b)
-    names = {**vars(models)}
-    exec(block.split("POLICIES =")[0], names)
-    monkeypatch.setitem(models.POLICIES, "linear", names["Linear"])
-    assert all_stages(data, tmp_path, "linear")
+        assert roll_out(finetuned, tmp_path / "again") == hashes, "which follows from the episode alone"
 
 
 @pytest.mark.parametrize("flags", [
@@ -62,8 +55,7 @@ def test_the_linear_policy_of_the_readme_goes_through_all_stages(data, tmp_path,
     "--latents shuffled --shift 0"])
 def test_every_ablation_is_a_flag_and_reaches_the_policy(data, tmp_path, capsys, flags):
     checkpoint = pre(data, tmp_path / "pre", *SHORT, *flags.split(), video=data.robot)
-    assert re.search(r"gradient     of the world-model loss reaches (\d+) of \1 policy tensors\n",
-                     capsys.readouterr().out)
+    assert re.search(ALL_REACHED, capsys.readouterr().out)
     assert all(v.isfinite().all() for v in checkpoint["policy"].values())
     fine(data, tmp_path / "fine", "--init", str(tmp_path / "pre" / "last.pt"), "--steps", "1")
 
