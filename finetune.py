@@ -130,7 +130,7 @@ def finetuning_config(args, start, data):
 def validate(policy, data, device):
     """Mean absolute error of the actions on held-out episodes, in the data's units, per dimension (A,)."""
     errors, valid = 0, 0
-    for batch in DataLoader(Subset(data, data.spaced(512)), batch_size=128):
+    for batch in DataLoader(Subset(data, data.spaced(512)), batch_size=64):
         batch = to_device(batch, device)
         keep = ~batch["is_pad"]                                                       # (B, n)
         errors = errors + (policy.act(batch["obs"]) - batch["actions"]).abs()[keep].sum(0)

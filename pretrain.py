@@ -68,7 +68,8 @@ def arguments(argv):
     add("--text-encoder", choices=TextEncoder.DIM, default="hash", help="frozen; BAKU minilm, release clip")
     add("--chunk", type=int, help="n, latent actions per chunk (default and paper: 10; diffusion 16)")
     add("--latent-dim", type=int, default=7, help="Z, width of a latent action; paper 7")
-    add("--latent-norm", choices=("batch", "none"), default="batch", help="before their tanh; paper none")
+    add("--latent-norm", choices=("batch", "none"), default="batch", help="standardise latent actions over "
+        "the batch before the tanh; paper none")
     add("--latent-source", choices=("policy", "inverse"), default="policy", help="inverse: an encoder of the "
         "future frames makes them, and the policy learns to predict them (LAPA); paper policy")
     add("--latents", choices=CONTROLS, default="learned", help="what the world model is fed; paper learned")
@@ -243,7 +244,7 @@ def latent_probe(policy, probe, device):
     rows = {}
     for split, windows in (("train", 3000), ("val", 1000)):
         data, batches = probe[split], []
-        for batch in DataLoader(Subset(data, data.spaced(windows)), batch_size=256):
+        for batch in DataLoader(Subset(data, data.spaced(windows)), batch_size=64):
             z = policy.latent_actions(by_position(to_device(batch["obs"], device), policy.cameras))
             batches.append((z.flatten(1).cpu(), batch["actions"][:, 0], batch["episode"]))
         rows[split] = [torch.cat(column).double().numpy() for column in zip(*batches)]
