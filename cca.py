@@ -1,23 +1,20 @@
-"""What is in the latent actions? Correlations, probes, swaps, nearest pairs (Sec. IV, Q4; Table III, Fig. 7).
+"""What do latent actions contain? Correlations, probes, swaps, pairs (Sec. IV, Q4; Table III, Fig. 7).
 
     python cca.py                                        # runs/pretrain/last.pt on data/robot
     python cca.py --checkpoint A/last.pt B/last.pt       # both in one table; swap and pairs use the first
     python cca.py --smoke                                # a few windows, to check that everything runs
 
-The script compares the latent actions z of a pretrained policy, which has never seen an action, with the true
-actions a of labelled demonstrations. Canonical correlation analysis (CCA) finds pairs of directions, one in
-each space, along which the projections correlate most. Every further pair is uncorrelated with those before:
+A pretrained policy has never seen an action. This script compares its latent actions z with the true actions
+a of labelled demonstrations. Canonical correlation analysis (CCA) finds pairs of directions, one in each
+space, whose projections correlate most. Each pair is uncorrelated with all pairs before it:
 
     rho_i = max corr(A_i^T z, B_i^T a)    solved by the SVD of  S_zz^-1/2 S_za S_aa^-1/2         (Eq. 8, 9)
 
-Directions and ridge are fitted on the training episodes. The correlations are measured on held-out episodes,
-with 95 % intervals from resampling these episodes. Two warnings:
-
-1. In sample, CCA of many columns is inflated: 70 latent and 70 action columns correlate in any few hundred
-   rows, whatever they mean. The paper's figures are in sample; here they have a column of their own.
-2. Latent actions are a function of the picture and the instruction, and so are the actions of an expert: ANY
-   function of the picture correlates with the actions. Compare with the baselines in the same table: policies
-   with random weights, the raw frame, the time in the episode, shuffled rows. True actions are the ceiling.
+Directions and ridge are fitted on training episodes. The correlations are measured on held-out episodes, with
+95 % intervals from resampling these episodes. On the rows that it was fitted on, CCA overfits: 70 latent and
+70 action columns correlate even if they are independent. The paper reports such in-sample values; here they
+have their own column. Latent actions are a function of the image and the instruction, and so are the actions
+of an expert. ANY function of the image thus correlates with the actions: compare with the baselines.
 
     1 statistics    cca_fit, choose_ridge, correlation, r2, bootstrap
     2 inputs        policies, labelled windows, video clips
@@ -28,17 +25,16 @@ import argparse
 import base64
 import html
 import inspect
-import io
 import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.linalg import block_diag
 from scipy.spatial.distance import cdist
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -46,28 +42,25 @@ from tqdm import tqdm
 
 from models import (HelpFormatter, InputError, InverseDynamics, WorldModel, at_least, by_position, file_hash,
                     load_policy, make_policy, markdown_table, optical_flow, pick_device, provenance,
-                    ridge_probe, run, to_device, write_atomically, write_json)
+                    r_squared, ridge_probe, run, to_device, write_atomically, write_json)
 from prepare_data import EpisodeDataset, read_manifest
 
 SMOKE = dict(max_windows=300, random_policies=1, clips=24)
 RESAMPLES = 500                         # bootstrap samples of the held-out episodes
-FEWEST_EPISODES = 5                     # with fewer held-out episodes no interval is given
-FOLDS = 5                               # of the cross-validation over training episodes
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)       # added to variances of 1; among equally good ones the first is taken
+FEWEST_EPISODES = 5                     # no interval is given for fewer held-out episodes
+FOLDS = 5                               # cross-validation over training episodes
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4)       # added to variances of 1; the first of equally good ones is chosen
 BUDGETS = (1, 5, 10, 50)                # numbers of labelled episodes that a probe is fitted on
 DRAWS = 5                               # random choices of that many episodes
-MOVES_METRES, MOVES_PIXELS = 0.01, 2.0  # a chunk that moves less has no direction that could be compared
+MOVES_METRES, MOVES_PIXELS = 0.01, 2.0  # the direction of a shorter motion is not compared
+SIDE = 16                               # pixels, of the small frames that serve as a baseline
 # The paper's four groups (Table III). ASSUMPTION: the paper does not say which verbs belong to which group.
 GROUPS = {"Put": "put place stack insert drop pour", "Move": "move push pull slide turn rotate open close",
           "Remove": "remove", "Take": "take pick grab lift"}
 
 
-class LeftOut(Exception):
-    """Why an analysis, or a part of it, cannot be done with these data: a note in the report."""
-
-
 def group_of(instruction):
-    """Task group of an instruction: that of its first word that GROUPS lists, or "other"."""
+    """The task group of the first word of an instruction that GROUPS lists, or "other"."""
     verbs = {verb: group for group, words in GROUPS.items() for verb in words.split()}
     return next((verbs[word] for word in instruction.lower().split() if word in verbs), "other")
 
@@ -75,53 +68,62 @@ def group_of(instruction):
 # ---- 1 statistics ----------------------------------------------------------------------------------------
 
 
-def inverse_root(S):
-    """S^-1/2 of a symmetric positive definite matrix."""
-    values, vectors = np.linalg.eigh(S)
-    return vectors / np.sqrt(values) @ vectors.T
-
-
-def cca_fit(X, Y, ridge=1e-3):
-    """Canonical directions of X (N, dx), Y (N, dy) -> a function that projects X (M, dx), Y (M, dy) on them:
-    u, v (M, r), r = min(dx, dy). On the fitted rows corr(u_i, v_i) falls with i.
+def cca_fit(S, dx, ridge=1e-3):
+    """Canonical directions from the joint covariance S (dx + dy, dx + dy) of the columns of X and Y
+    -> A (dx, r), B (dy, r) with r = min(dx, dy). corr(X A_i, Y B_i) falls with i.
 
     The ridge is added to the variances of the standardised columns, so it has no unit.
     """
-    # A column may be constant in one fold of the cross-validation: its scale must not be 0.
-    (mean_x, scale_x), (mean_y, scale_y) = ((M.mean(0), np.maximum(M.std(0), 1e-10)) for M in (X, Y))
-    x, y = (X - mean_x) / scale_x, (Y - mean_y) / scale_y
-    white_x = inverse_root(x.T @ x / len(x) + ridge * np.eye(x.shape[1]))
-    white_y = inverse_root(y.T @ y / len(y) + ridge * np.eye(y.shape[1]))
-    left, _, right = np.linalg.svd(white_x @ (x.T @ y / len(x)) @ white_y, full_matrices=False)   # (Eq. 8, 9)
-    A, B = white_x @ left / scale_x[:, None], white_y @ right.T / scale_y[:, None]    # (dx, r), (dy, r)
-    return lambda X, Y: ((X - mean_x) @ A, (Y - mean_y) @ B)
+    def inverse_root(S):
+        values, vectors = np.linalg.eigh(S)
+        return vectors / np.sqrt(values) @ vectors.T
+
+    scale = np.sqrt(np.diag(S))
+    S = S / np.outer(scale, scale)
+    white_x = inverse_root(S[:dx, :dx] + ridge * np.eye(dx))
+    white_y = inverse_root(S[dx:, dx:] + ridge * np.eye(len(S) - dx))
+    left, _, right = np.linalg.svd(white_x @ S[:dx, dx:] @ white_y, full_matrices=False)          # (Eq. 8, 9)
+    return white_x @ left / scale[:dx, None], white_y @ right.T / scale[dx:, None]
 
 
 def choose_ridge(X, Y, episode):
-    """The ridge of RIDGES whose directions correlate most on episodes that they were not fitted on.
+    """The ridge of RIDGES whose directions correlate most on validation episodes (cross-validation over
+    episodes). X (N, dx), Y (N, dy) without constant columns, episode (N,)."""
+    Z, fold = np.c_[X, Y], np.unique(episode, return_inverse=True)[1] % FOLDS
+    Z = (Z - Z.mean(0)) / Z.std(0)
 
-    X (N, dx), Y (N, dy), episode (N,). Each fold of the cross-validation holds whole episodes.
-    """
-    fold = np.unique(episode, return_inverse=True)[1] % FOLDS
+    def covariance(rows):
+        S = np.cov(Z[rows], rowvar=False, bias=True)
+        np.fill_diagonal(S, S.diagonal().clip(1e-8))        # a column may be constant in a fold
+        return S
 
-    def score(ridge, k):
-        project = cca_fit(X[fold != k], Y[fold != k], ridge)
-        return correlation(np.ones((1, (fold == k).sum())), *project(X[fold == k], Y[fold == k])).mean()
+    # Covariances, not rows, are all that fitting and validation need: one pass over the rows per fold.
+    folds = [(covariance(fold != k), covariance(fold == k)) for k in np.unique(fold)]
 
-    return max(RIDGES, key=lambda ridge: sum(score(ridge, k) for k in np.unique(fold)))
+    def score(training, validation, ridge):
+        A, B = cca_fit(training, X.shape[1], ridge)
+        r, W = A.shape[1], block_diag(A, B)
+        S = W.T @ validation @ W                            # covariance of the projections (2r, 2r)
+        variances = S.diagonal()[:r] * S.diagonal()[r:]
+        varies = variances > 1e-10                          # false for directions beyond the rank of X
+        return (S.diagonal(r)[varies] / np.sqrt(variances[varies])).sum()
+
+    # Rounded, so that rounding errors do not decide between equally good ridges.
+    return max(RIDGES, key=lambda ridge: sum(score(*S, ridge) for S in folds).round(9))
 
 
-# Statistics of rows that count `weights` (S, N) times, in S samples at once -> (S, d).
+# The next three functions compute statistics of S weighted samples at once -> (S, d). weights (S, N) says how
+# often each row counts in each sample.
 
 
 def mean(weights, x):
-    """Means of the columns of x (N, d); nan where no row counts."""
+    """Means of the columns of x (N, d); nan where all weights are 0."""
     with np.errstate(invalid="ignore"):
         return weights @ x / weights.sum(1, keepdims=True)
 
 
 def correlation(weights, u, v):
-    """Correlations of the columns of u and v (N, d); 0 where one of them does not vary."""
+    """Correlations of the columns of u and v (N, d), column by column; 0 where one of them is constant."""
     u, v = u - u.mean(0), v - v.mean(0)
     mean_u, mean_v = mean(weights, u), mean(weights, v)
     variances = (mean(weights, u * u) - mean_u ** 2) * (mean(weights, v * v) - mean_v ** 2)
@@ -130,22 +132,22 @@ def correlation(weights, u, v):
 
 
 def r2(weights, predicted, true):
-    """R2 of predictions (N, d); nan where the truth is constant. A sample may lack what varies elsewhere: its
-    variance counts as 1 % of that of all rows at least."""
+    """R2 of predictions (N, d); nan where the truth is constant. In a sample where it hardly varies, the
+    variance is taken as 1 % of that of all rows."""
     true, error, floor = true - true.mean(0), (true - predicted) ** 2, 0.01 * true.var(0)
     variance = mean(weights, true ** 2) - mean(weights, true) ** 2
     return 1 - mean(weights, error) / np.maximum(variance, np.where(floor > 1e-14, floor, np.nan))
 
 
 def bootstrap(statistic, columns, episode, seed):
-    """A statistic of the rows, then of RESAMPLES samples of their episodes -> (1 + RESAMPLES, d).
+    """A statistic of all rows, then of RESAMPLES bootstrap samples of the episodes -> (1 + RESAMPLES, d).
 
     statistic  function of weights (S, N) and the columns -> (S, d)
     columns    arrays (N, d)
     episode    (N,), or (N, 2) if a row belongs to two episodes, as a pair of clips does: both are resampled
 
-    Whole episodes are drawn: rows of one episode are so similar that drawing single rows would give intervals
-    that are far too narrow. With fewer than FEWEST_EPISODES the samples are nan: any interval would mislead.
+    Rows of an episode are alike: drawing single rows would give intervals that are far too narrow. With fewer
+    than FEWEST_EPISODES episodes the samples are nan.
     """
     ids, which = np.unique(episode, return_inverse=True)
     E = len(ids)
@@ -157,7 +159,7 @@ def bootstrap(statistic, columns, episode, seed):
 
 
 def estimate(samples):
-    """(1 + R,) of bootstrap() -> [value, low, high], the ends of a 95 % interval; None = not known."""
+    """(1 + R,) of bootstrap() -> [value, low, high] with a 95 % interval; None stands for unknown."""
     kept = samples[1:][np.isfinite(samples[1:])]
     ends = np.percentile(kept, (2.5, 97.5)).tolist() if len(kept) else [None, None]
     return [float(samples[0]) if np.isfinite(samples[0]) else None, *ends]
@@ -166,300 +168,282 @@ def estimate(samples):
 # ---- 2 inputs --------------------------------------------------------------------------------------------
 
 
-def load_policies(args, device):
-    """-> {name: policy}: the pretrained ones, then "random 1", ...; {name: inverse dynamics}; checkpoints."""
-    policies, inverses, checkpoints = {}, {}, []
-    for path in args.checkpoint:
-        policy, checkpoint = load_policy(path, device, stage="pretrain")
-        broken = [k for part in ("world_model", "inverse") for k, v in checkpoint.get(part, {}).items()
-                  if not v.isfinite().all()]
-        if broken:
-            raise InputError(f"{path} holds NaN or infinity in its world model (first: {broken[0]}): its "
-                             "training diverged, train again")
-        if checkpoints and policy.chunk != checkpoints[0]["config"]["chunk"]:
-            raise InputError(f"{path} has chunks of {policy.chunk} actions, {args.checkpoint[0]} of "
-                             f"{checkpoints[0]['config']['chunk']}: compare policies of one --chunk")
-        policies[path] = policy
+def load_models(paths, device):
+    """Checkpoints of pretrain.py -> {path: policy, name: inverse dynamics if there is one}, [checkpoint]."""
+    models, checkpoints = {}, []
+    for path in paths:
+        models[path], checkpoint = load_policy(path, device, stage="pretrain")
         checkpoints.append(checkpoint)
+        if models[path].chunk != models[paths[0]].chunk:
+            raise InputError(f"{path} has chunks of {models[path].chunk} actions, {paths[0]} of "
+                             f"{models[paths[0]].chunk}: compare policies of one --chunk")
         if "inverse" in checkpoint:
-            inverse = InverseDynamics(checkpoint["world_config"])
+            inverse = InverseDynamics(checkpoint["world_config"]).to(device).eval()
             inverse.load_state_dict(checkpoint["inverse"])
-            inverse.views = checkpoint["world_config"]["views"]
-            inverses[f"{path}, inverse dynamics (sees the future)"] = inverse.to(device).eval()
-    for k in range(args.random_policies):
-        torch.manual_seed(args.seed + k)
-        policies[f"random {k + 1}"] = make_policy(checkpoints[0]["config"]).to(device).eval()
-    return policies, inverses, checkpoints
+            models[f"{path}, inverse dynamics (sees the future)"] = inverse
+    return models, checkpoints
 
 
-def open_windows(path, split, checkpoint, cameras, future):
-    """Windows of a dataset, at the stride at which a latent action lasts about as long as in pretraining."""
-    pretraining, config = checkpoint["data"]["mixture"][0], checkpoint["config"]
-    stride = max(1, round(read_manifest(path)[0]["fps"] * pretraining["stride"] / pretraining["fps"]))
-    data = EpisodeDataset(path, config["chunk"], cameras, future=future, split=split, stride=stride)
-    if data.image_size != config["image_size"] or len(data.cameras) < cameras:
-        raise InputError(f"{path} has {len(data.cameras)} cameras of {data.image_size} pixels, the policies "
-                         f"need {cameras} of {config['image_size']}: give other data, or prepare them again")
-    return data
+def open_data(args, checkpoints):
+    """-> training and held-out windows of --data, held-out windows of --video (None without video). By its
+    stride, a latent action lasts about as long as in pretraining."""
+    pretraining, config = checkpoints[0]["data"]["mixture"][0], checkpoints[0]["config"]
 
+    def windows(path, split, cameras, views):
+        stride = max(1, round(read_manifest(path)[0]["fps"] * pretraining["stride"] / pretraining["fps"]))
+        data = EpisodeDataset(path, config["chunk"], cameras, future=views, split=split, stride=stride)
+        if data.image_size != config["image_size"] or len(data.cameras) < cameras:
+            raise InputError(f"{path} has {len(data.cameras)} cameras of {data.image_size} pixels, the "
+                             f"policies need {cameras} of {config['image_size']}: prepare the data again")
+        return data
 
-def open_data(args, policies, inverses, checkpoint):
-    """-> training and held-out windows of --data; held-out video clips, or None if there are none."""
-    cameras = max(len(policy.cameras) for policy in policies.values())
-    views = max([inverse.views for inverse in inverses.values()], default=0)
-    train, held_out = (open_windows(args.data, split, checkpoint, cameras, future)
-                       for split, future in (("train", views), ("val", max(1, views))))
+    cameras = max(len(c["config"]["cameras"]) for c in checkpoints)
+    views = max([c["world_config"]["views"] for c in checkpoints if "inverse" in c], default=0)
+    train = windows(args.data, "train", cameras, views)
+    held_out = windows(args.data, "val", cameras, max(1, views))
     if train.action_dim is None:
         raise InputError(f"{args.data} has no actions to compare with: give labelled demonstrations; "
                          "python prepare_data.py sim makes some in data/robot")
     if min(train.num_episodes, held_out.num_episodes) < 2:
         raise InputError(f"{args.data} has {train.num_episodes} training and {held_out.num_episodes} "
                          "held-out episodes: at least 2 of each are needed")
-    path, views = args.video or checkpoint["data"]["mixture"][0]["path"], checkpoint["world_config"]["views"]
-    wanted = path != "none" if args.video else Path(path).exists()
-    return train, held_out, open_windows(path, "val", checkpoint, views, views) if wanted else None
+    views, video = checkpoints[0]["world_config"]["views"], args.video or pretraining["path"]
+    wanted = video != "none" if args.video else Path(video).exists()
+    return train, held_out, windows(video, "val", views, views) if wanted else None
 
 
 @torch.no_grad()
-def estimate_latent_statistics(policies, data, count, device):
-    """Measure the statistics of the BatchNorms before the tanh, for policies that have never been trained.
-
-    With the initial statistics (mean 0, variance 1) the tanh of a random policy would see unscaled numbers,
-    and the baseline would be too easy to beat.
-    """
-    norms = [m for policy in policies for m in policy.modules() if isinstance(m, nn.BatchNorm1d)]
+def random_policies(args, config, data, device):
+    """-> {"random 1": untrained policy, ...}. The statistics of the BatchNorms before the tanh are measured
+    on windows of the data: with the initial ones (mean 0, variance 1) the latents would hardly vary, and the
+    baseline would be too weak."""
+    policies = {}
+    for k in range(args.random_policies):
+        torch.manual_seed(args.seed + k)
+        policies[f"random {k + 1}"] = make_policy(config).to(device).eval()
+    norms = [m for policy in policies.values() for m in policy.modules() if isinstance(m, nn.BatchNorm1d)]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None                # a cumulative mean over all batches
+        norm.momentum = None                                    # a cumulative mean over all batches
         norm.train()
-    rows = data.spaced(count)
-    # A last batch of one row would have no variance: it is dropped.
+    rows = data.spaced(min(512, args.max_windows))
+    # A last batch of a single row would have no variance: an incomplete last batch is dropped.
     for batch in DataLoader(Subset(data, rows), batch_size=64, drop_last=len(rows) > 64):
-        for policy in policies:
-            obs = by_position(to_device(batch["obs"], device), policy.cameras)
-            obs["noise"] = torch.randn(len(obs["instruction"]), policy.chunk,         # as drawn in training
-                                       policy.config["latent_dim"], device=device)
-            policy.latent_actions(obs)
+        obs = to_device(batch["obs"], device)
+        for policy in policies.values():
+            noise = torch.randn(len(obs["instruction"]), policy.chunk, config["latent_dim"], device=device)
+            policy.latent_actions({**by_position(obs, policy.cameras), "noise": noise})     # as in training
     for norm in norms:
         norm.eval()
-
-
-def thumbnails(images, side=16):
-    """Frames (B, C, H, W) uint8 -> (B, C * side * side) in [0, 1]."""
-    return F.adaptive_avg_pool2d(images.float() / 255, side).flatten(1)
+    return policies
 
 
 def image_motion(frames):
-    """What moves in clips (B, T, 3, H, W) in [0, 1]: how far and where -> (B, 2), (B, 2), x and y in pixels.
+    """Motion in clips (B, T, 3, H, W) in [0, 1] -> displacement (B, 2), x and y in pixels.
 
-    Optical flow, averaged where the picture changes (the squared change is the weight: on a plain ground the
-    flow is that of whatever is near) and added up over the frames.
+    The optical flow is averaged over the image, weighted by the squared change of each pixel (on a plain
+    background the flow merely repeats that of its surroundings), then summed over the frames.
     """
     grey = frames.mean(2, keepdim=True)                                               # (B, T, 1, H, W)
     flow = 2 * optical_flow(grey).float()                                             # (B, T-1, 2, h, w)
-    weight = (grey[:, 1:] - grey[:, :-1]) ** 2
-    weight = F.avg_pool2d(weight.flatten(0, 1), 2).unflatten(0, weight.shape[:2])     # (B, T-1, 1, h, w)
-    motion = ((flow * weight).sum((3, 4)) / weight.sum((3, 4)).clamp(min=1e-6)).sum(1)             # (B, 2)
-    h, w = flow.shape[-2:]
-    places = torch.stack(torch.meshgrid(torch.arange(w), torch.arange(h), indexing="xy")).to(flow)
-    where = 2 * (places * weight).sum((1, 3, 4)) / weight.sum((1, 3, 4)).clamp(min=1e-6)
-    return motion.cpu(), where.cpu()
+    weight = F.avg_pool2d((grey[:, 1:] - grey[:, :-1]).flatten(0, 1) ** 2, 2)
+    weight = weight.unflatten(0, flow.shape[:2])                                      # (B, T-1, 1, h, w)
+    return ((flow * weight).sum((3, 4)) / weight.sum((3, 4)).clamp(min=1e-6)).sum(1).cpu()
 
 
 @torch.no_grad()
-def collect(policies, inverses, data, count, device, title, keep_frames=False):
+def collect(models, data, count, device, keep_frames=False):
     """Run policies and inverse dynamics, {name: module}, on `count` evenly spaced windows -> dict of arrays:
 
     "latents" {name: (N, n, Z)}, "frame" (N, D) small first frames of all cameras, "actions" (N, n, A),
-    "is_pad" (N, n), "episode", "t", "instruction_id" (N,). Of data with future frames also "picture"
-    (N, 3, H, W) uint8, the first frame of the main camera, "motion" and "where" (N, 2) of image_motion(), and
-    with keep_frames "frames" (N, n+1, 3V, H, W) uint8.
+    "is_pad" (N, n), "episode", "t", "instruction_id" (N,). Data with future frames also give "picture"
+    (N, 3, H, W) uint8, the first frame of the main camera, and "motion" (N, 2), see image_motion(); with
+    keep_frames also "frames" (N, n+1, 3V, H, W) uint8.
     """
-    parts, latents = {}, {name: [] for name in [*policies, *inverses]}
-    for batch in tqdm(DataLoader(Subset(data, data.spaced(count)), batch_size=64), title, unit="batch",
-                      leave=False, dynamic_ncols=True):
+    parts, latents = {}, {name: [] for name in models}
+    batches = DataLoader(Subset(data, data.spaced(count)), batch_size=64)
+    for batch in tqdm(batches, data.path, unit="batch", leave=False, dynamic_ncols=True):
         obs, frames = to_device(batch.pop("obs"), device), batch.pop("frames", None)
-        for name, policy in policies.items():
-            latents[name].append(policy.latent_actions(by_position(obs, policy.cameras)).cpu())   # (B, n, Z)
-        for name, inverse in inverses.items():
-            latents[name].append(inverse(frames[:, :, :3 * inverse.views].to(device)).cpu())
-        batch["frame"] = torch.cat([thumbnails(x).cpu() for x in obs["images"].values()], 1)
+        for name, model in models.items():
+            if isinstance(model, InverseDynamics):
+                views = model.encoder[0].in_channels // 6                             # 3V of o_k, 3V of o_k+1
+                z = model(frames[:, :, :3 * views].to(device))
+            else:
+                z = model.latent_actions(by_position(obs, model.cameras))
+            latents[name].append(z.double().cpu())                                    # (B, n, Z)
+        small = [F.adaptive_avg_pool2d(x.float() / 255, SIDE) for x in obs["images"].values()]
+        batch["frame"] = torch.cat(small, 1).flatten(1).cpu()
         if frames is not None:
             batch["picture"] = frames[:, 0, :3]
-            batch["small picture"] = thumbnails(batch["picture"])
-            batch["motion"], batch["where"] = image_motion(frames[:, :, :3].float() / 255)
+            batch["motion"] = image_motion(frames[:, :, :3].float() / 255)
         if keep_frames:
             batch["frames"] = frames
         for key, values in batch.items():
             parts.setdefault(key, []).append(values)
-    return {"latents": {name: torch.cat(z).double().numpy() for name, z in latents.items()},
+    return {"latents": {name: torch.cat(z).numpy() for name, z in latents.items()},
             **{key: torch.cat(values).numpy() for key, values in parts.items()}}
 
 
-def clock(split, width, longest, instructions):
-    """The time in the episode and the instruction as `width` columns -> (N, width): one column for each
-    instruction, half of the columns at most; then cosines of rising order over `longest` frames."""
-    named = split["instruction_id"][:, None] == np.arange(min(instructions - 1, width // 2))
-    order = np.arange(1, width - named.shape[1] + 1)
-    return np.c_[named, np.cos(np.pi * order * split["t"][:, None] / longest)]
-
-
 def representations(study, steps):
-    """All that is compared with the actions, for rows of the training and of the held-out split:
+    """What is compared with the actions, rows of training episodes first, then of held-out episodes:
 
-    -> X {name: (N, dx) of both splits}, Y (N, dy), episode (N,), group (N,) of both
+    -> X {name: (N, dx)}, Y (N, dy), episode (N,), held_out (N,) bool, group (N,) of the task
     steps  "single": z_t and a_t; "chunk": all n of both, from windows without padding
     """
     splits, first, frames = (study.train, study.held_out), study.names[0], study.train["frame"]
     n = study.train["actions"].shape[1] if steps == "chunk" else 1
-    rows = [~split["is_pad"][:, :n].any(1) for split in splits]
 
-    def both(make):
-        return [make(split)[k] for split, k in zip(splits, rows)]
+    def join(values):
+        return np.concatenate([values(split)[~split["is_pad"][:, :n].any(1)] for split in splits])
 
-    X = {name: both(lambda split, name=name: split["latents"][name][:, :n].reshape(len(split["t"]), -1))
+    held_out = join(lambda split: np.full(len(split["t"]), split is study.held_out))
+    X = {name: join(lambda split: split["latents"][name])[:, :n].reshape(len(held_out), -1)
          for name in study.train["latents"]}
-    Y = both(lambda split: split["actions"][:, :n].reshape(len(split["t"]), -1).astype(float))
-    # The frame (principal components) and the time get as many columns as the latents: none wins by width.
-    width, center = X[first][0].shape[1], frames.mean(0)
+    Y = join(lambda split: split["actions"])[:, :n].reshape(len(held_out), -1).astype(float)
+    # The frame and the time get as many columns as the latents, for a fair comparison. Frame: its principal
+    # components. Time: one indicator per instruction (at most half of the columns), then cosines.
+    width = X[first].shape[1]
     axes = np.linalg.eigh(np.cov(frames, rowvar=False))[1][:, ::-1][:, :width]        # (D, width)
-    X["frame"] = both(lambda split: (split["frame"] - center) @ axes)
-    longest, instructions = study.train["t"].max() + 1, len(study.instructions)
-    X["time"] = both(lambda split: clock(split, width, longest, instructions))
+    X["frame"] = (join(lambda split: split["frame"]) - frames.mean(0)) @ axes
+    instruction = join(lambda split: split["instruction_id"])
+    named = instruction[:, None] == np.arange(min(len(study.instructions) - 1, width // 2))
+    time, order = join(lambda split: split["t"])[:, None], np.arange(1, width - named.shape[1] + 1)
+    X["time"] = np.c_[named, np.cos(np.pi * order * time / (study.train["t"].max() + 1))]
     rng = np.random.default_rng(study.args.seed)
-    X["shuffled"], X["true actions"] = [rng.permutation(x) for x in X[first]], Y
-    return X, Y, both(lambda split: split["episode"]), both(lambda split: split["group"])
+    X["shuffled"] = np.concatenate([rng.permutation(X[first][half]) for half in (~held_out, held_out)])
+    X["true actions"] = Y
+    groups = np.array([group_of(text) for text in study.instructions])
+    return X, Y, join(lambda split: split["episode"]), held_out, groups[instruction]
 
 
 # ---- 3 analyses ------------------------------------------------------------------------------------------
 
-# Each takes the study (see main) and returns a title, the rows of a table, and a PNG or None. A row is a dict
-# of text, numbers and estimates [value, low, high]; "detail" goes to cca.json and the picture alone. The
-# report prints the docstring as the explanation of the table and the picture.
+# Each takes the study (see main) and returns a title, the rows of a table, and a figure or None. A row is a
+# dict of text, numbers and estimates [value, low, high]; its "detail" is only written to cca.json. The report
+# prints the docstring as the explanation. An analysis that raises InputError is left out, with a note.
 
 
-def analyse(X, X_test, Y, Y_test, episode, episode_test, seed):
-    """CCA fitted on X (N, dx), Y (N, dy), measured on held-out rows -> samples of bootstrap() (1 + R, dy),
-    in-sample correlations (dy,), ridge. LeftOut if the rows are too few.
+def analyse(X, Y, episode, held_out, seed):
+    """CCA between X (N, dx) and Y (N, dy), fitted on training rows, measured on the rows held_out (N,) ->
+    samples of bootstrap() (1 + R, dy), in-sample correlations (dy,), ridge. InputError if there are too few.
 
-    Constant columns are left out; components that are missing for lack of columns count as 0.
+    Constant columns are left out. Components that X has too few columns for count as 0.
     """
-    if min(len(np.unique(e)) for e in (episode, episode_test)) < 2:
-        raise LeftOut("there are fewer than 2 training or held-out episodes")
-    x, y = X.std(0) > 1e-6, Y.std(0) > 1e-6                     # columns that vary
-    if not y.any() or len(X) <= x.sum() + y.sum():
-        raise LeftOut(f"{len(X)} training windows are too few for {x.sum()} + {y.sum()} dimensions "
-                      "that vary: raise --max-windows, or give more data")
-    if not x.any():                                     # e.g. the time, where every episode has one window
-        return np.zeros((1 + RESAMPLES, y.sum())), np.zeros(y.sum()), None
-    X, X_test, Y, Y_test = X[:, x], X_test[:, x], Y[:, y], Y_test[:, y]
-    missing = 0, max(0, Y.shape[1] - X.shape[1])
-    ridge = choose_ridge(X, Y, episode)
-    project = cca_fit(X, Y, ridge)
-    samples = bootstrap(correlation, project(X_test, Y_test), episode_test, seed)
-    in_sample = correlation(np.ones((1, len(X))), *project(X, Y))[0]
+    fit = ~held_out
+    if min(len(np.unique(episode[half])) for half in (fit, held_out)) < 2:
+        raise InputError("there are fewer than 2 training or held-out episodes")
+    X, Y = (M[:, M[fit].std(0) > 1e-6] for M in (X, Y))
+    dx, dy = X.shape[1], Y.shape[1]
+    if not dy or fit.sum() <= dx + dy:
+        raise InputError(f"{fit.sum()} training windows are too few for {dx} + {dy} dimensions that vary: "
+                         "raise --max-windows, or give more data")
+    ridge = choose_ridge(X[fit], Y[fit], episode[fit])
+    A, B = cca_fit(np.cov(np.c_[X, Y][fit], rowvar=False, bias=True), dx, ridge)
+    u, v, missing = X @ A, Y @ B, (0, dy - A.shape[1])
+    samples = bootstrap(correlation, [u[held_out], v[held_out]], episode[held_out], seed)
+    in_sample = correlation(np.ones((1, fit.sum())), u[fit], v[fit])[0]
     return np.pad(samples, [(0, 0), missing]), np.pad(in_sample, missing), ridge
 
 
 def pooled(results):
-    """Results of analyse() of several random policies as one. Each sample takes the next policy, so that the
-    interval also shows how much the policies differ."""
+    """Results of analyse() of several random policies as one. The bootstrap samples take turns among the
+    policies, so that the interval also covers the differences between policies."""
     samples = np.stack([samples for samples, *_ in results])                          # (policies, 1 + R, dy)
-    mixed = samples[np.arange(samples.shape[1]) % len(results), np.arange(samples.shape[1])]
+    turns = np.arange(samples.shape[1])
+    mixed = samples[turns % len(results), turns]
     mixed[0] = samples[:, 0].mean(0)
     return mixed, np.mean([in_sample for _, in_sample, _ in results], 0), None
 
 
 def correlations(study):
-    """CCA between the latents and the true actions, for single steps (z_t, a_t) and for whole chunks.
+    """CCA between latent actions and true actions, for single steps (z_t, a_t) and for whole chunks, measured
+    on held-out episodes. 1 means that one is a linear function of the other, 0 that they are unrelated.
 
-    Directions and ridge were fitted on other episodes. 1 is a linear map, 0 is no relation. What counts is
-    how far the pretrained policies are above random weights, the raw frame and the time in the episode (with
-    the instruction), which all tell something about an expert's actions; "A minus B" is the difference, with
-    an interval of its own. The frame and the time have as many columns as the latents. Shuffled rows must be
-    at 0.
+    Random weights, the raw frame, and the time in the episode with the instruction all predict some of an
+    expert's actions: "A minus B" is the difference between a pretrained policy and such a baseline, with its
+    own interval. The baselines have as many columns as the latents. Shuffled rows must give 0, and the true
+    actions 1.
 
     Intervals: 95 % over the n held-out episodes, for random weights also over the policies. They are too
-    narrow for fewer than about 20 episodes, and there is none for fewer than 5. "In sample" is the first
-    component as the paper reports it; it grows with the number of columns.
+    narrow for fewer than about 20 episodes and are not given for fewer than 5. "In sample" is the first
+    correlation on the training rows, as the paper reports it; it grows with the number of columns.
     """
     rows, panels = [], []
-    for steps in ("single", "chunk"):
-        X, Y, episode, groups = representations(study, steps)
-        for group in ("all", *study.groups):
-            inside = [(g == group) | (group == "all") for g in groups]
+    for steps, title in (("single", "single steps: z_t, a_t"), ("chunk", "whole chunks")):
+        X, Y, episode, held_out, group = representations(study, steps)
+        for tasks in ("all", *study.groups):
+            inside = (group == tasks) | (tasks == "all")
             try:
-                results = {name: analyse(*(v[i] for pair in (x, Y, episode) for v, i in zip(pair, inside)),
+                results = {name: analyse(x[inside], Y[inside], episode[inside], held_out[inside],
                                          study.args.seed) for name, x in X.items()}
-            except LeftOut as reason:
+            except InputError as reason:
                 if not rows:
-                    raise InputError(f"{study.args.data}: {reason}") from None
-                study.note(f"correlations of {group}, {steps}, are left out: {reason}")
+                    raise
+                study.notes.append(f"correlations of {tasks}, {steps}: left out, {reason}")
                 continue
             results["random weights"] = pooled([results.pop(name) for name in list(results)
                                                 if name.startswith("random ")])
-            if group == "all":
+            if tasks == "all":
                 curves = {name: list(map(estimate, r[0].T[:10])) for name, r in results.items()}
-                panels.append((range(1, 1 + len(curves["time"])), curves, {
-                    "title": {"single": "single steps: z_t, a_t", "chunk": "whole chunks"}[steps],
-                    "xlabel": "canonical component (number)", "ylabel": "held-out correlation (no unit)"}))
+                panels.append((title, "canonical component (number)", range(1, 1 + len(curves["time"])),
+                               curves))
                 for name, other in itertools.product(study.names, ("random weights", "frame", "time")):
                     results[f"{name} minus {other}"] = results[name][0] - results[other][0], None, None
-            rows += [{"tasks": group, "steps": steps, "latents": name, "1st": estimate(samples[:, 0]),
+            rows += [{"tasks": tasks, "steps": steps, "latents": name, "1st": estimate(samples[:, 0]),
                       "mean": estimate(samples.mean(1)),
                       "in sample": None if in_sample is None else float(in_sample[0]),
-                      "n": len(np.unique(episode[1][inside[1]])),
+                      "n": len(np.unique(episode[inside & held_out])),
                       "detail": {"components": [estimate(s) for s in samples.T], "ridge": ridge,
-                                 "windows": [int(i.sum()) for i in inside]}}
+                                 "windows": [int((inside & half).sum()) for half in (~held_out, held_out)]}}
                      for name, (samples, in_sample, ridge) in results.items()]
-    return "Canonical correlations with the true actions", rows, draw(*panels)
+    return ("Canonical correlations with the true actions", rows,
+            draw("held-out correlation (no unit)", *panels))
 
 
 def probes(study):
-    """R2 of a ridge regression from all latents of a chunk to the true first action, on held-out episodes.
+    """R2 of a ridge regression from the latent actions of a chunk to its first true action, on held-out
+    episodes. 1 is perfect, 0 is no better than predicting the mean.
 
-    1 is perfect, 0 is no better than predicting the mean. Left, and in the first columns: fitted on all
-    training windows; the brackets are 95 % over held-out episodes. Right, and in the last columns: fitted on
-    k labelled episodes, with as many windows of each as --max-windows leaves (the picture gives the number);
-    the mean of five random choices of episodes, in brackets the lowest and the highest. "random 1" is one of
-    the policies with random weights.
+    Left, and first columns: fitted on all training windows; 95 % intervals over held-out episodes. Right, and
+    last columns: fitted on k labelled episodes, with as many windows of each as --max-windows leaves; mean,
+    lowest and highest of five random choices of episodes. "random 1" is one policy with random weights.
     """
-    X, Y, episode, _ = representations(study, "chunk")
-    if min(map(len, episode)) < 2:
-        raise LeftOut("nearly all windows are padded: the episodes are shorter than a chunk")
-    Y, Y_test = (y[:, list(study.moves.values())] for y in Y)   # a chunk begins with the columns of a_t
-    ids, rng, whole = np.unique(episode[0]), np.random.default_rng(study.args.seed), np.ones((1, len(Y_test)))
+    X, Y, episode, held_out, _ = representations(study, "chunk")
+    if min(held_out.sum(), (~held_out).sum()) < 2:
+        raise InputError("nearly all windows are padded: the episodes are shorter than a chunk")
+    Y = Y[:, list(study.moves.values())]                        # a chunk begins with the columns of a_t
+    Y, Y_test, episode, episode_test = Y[~held_out], Y[held_out], episode[~held_out], episode[held_out]
+    ids, rng = np.unique(episode), np.random.default_rng(study.args.seed)
     budgets = {k: [rng.choice(ids, k, replace=False) for _ in range(DRAWS)] for k in BUDGETS if k < len(ids)}
     budgets[len(ids)] = [ids]
     rows = []
     for name in (*study.names, "random 1", "frame", "time"):
-        x, x_test = X[name]
-        guess = ridge_probe(x, Y, x_test, episode[0])
-        samples = bootstrap(r2, [guess, Y_test], episode[1], study.args.seed)
+        x, x_test = X[name][~held_out], X[name][held_out]
+        samples = bootstrap(r2, [ridge_probe(x, Y, x_test, episode), Y_test], episode_test, study.args.seed)
         row = {"latents": name, "mean": estimate(samples[:, np.isfinite(samples[0])].mean(1)),
                **dict(zip(study.moves, map(estimate, samples.T)))}
         for k, draws in budgets.items():
-            chosen = [np.isin(episode[0], draw) for draw in draws]
-            scores = [float(np.nanmean(r2(whole, ridge_probe(x[i], Y[i], x_test, episode[0][i]), Y_test)))
+            chosen = [np.isin(episode, draw) for draw in draws]
+            scores = [float(np.nanmean(r_squared(ridge_probe(x[i], Y[i], x_test, episode[i]), Y_test)))
                       for i in chosen]
             row[f"from {k}"] = [float(np.mean(scores)), min(scores), max(scores)]
         rows.append(row)
-    names, label = list(study.moves), "held-out R2 (no unit)"
     return "Probes of the true actions", rows, draw(
-        (names, {row["latents"]: [row[name] for name in names] for row in rows},
-         {"title": "fitted on all episodes", "xlabel": "action dimension", "ylabel": label}),
-        (list(budgets), {row["latents"]: [row[f"from {k}"] for k in budgets] for row in rows},
-         {"title": "mean over the dimensions", "xscale": "log", "ylabel": label,
-          "xlabel": f"labelled episodes (number), about {len(Y) / len(ids):.0f} windows each"}))
+        "held-out R2 (no unit)",
+        ("fitted on all episodes", "action dimension", list(study.moves),
+         {row["latents"]: [row[name] for name in study.moves] for row in rows}),
+        ("mean over the dimensions",
+         f"labelled episodes (number), about {len(Y) / len(ids):.0f} windows each", list(budgets),
+         {row["latents"]: [row[f"from {k}"] for k in budgets] for row in rows}))
 
 
 def collapse(study):
-    """Do the latents say anything? A standard deviation near 0, a rank near 1 or an instruction share near 1
-    mean that they say nothing, or merely name the task.
+    """Collapsed latent actions are constant (std near 0), vary along one direction only (rank near 1), or
+    merely name the task (instruction near 1).
 
-    std: the smallest of the Z dimensions. rank: (sum of eigenvalues)^2 / sum of their squares, the number of
-    directions that are really used. saturated: share of the numbers beyond 0.98, where the tanh passes hardly
-    any gradient. instruction: share of the variance that lies between instructions.
+    std: of the dimension that varies least. rank: (sum of eigenvalues)^2 / sum of their squares. saturated:
+    share of values beyond 0.98, where the tanh passes hardly any gradient. instruction: share of the variance
+    that lies between instructions.
     """
     def rank(x):
         values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
@@ -472,7 +456,7 @@ def collapse(study):
         rows.append({"latents": name, "std": float(z.std(0).mean(0).min()), "rank of z_t": rank(z[:, 0]),
                      "rank of chunks": rank(flat), "saturated": float((np.abs(z) > 0.98).mean()),
                      "instruction": float(between.sum() / np.maximum(len(z) * flat.var(0).sum(), 1e-300))})
-    return "Have the latents collapsed?", rows, None
+    return "Have the latent actions collapsed?", rows, None
 
 
 def cosine(a, b):
@@ -481,84 +465,83 @@ def cosine(a, b):
 
 
 @torch.no_grad()
-def imagined(world_model, frames, z, seed):
-    """Clips imagined from the first of frames (B, n+1, 3V, H, W) uint8 and latents (B, n, Z), with the same
-    noise in every call -> (B, n+1, 3, H, W) in [0, 1]; the first frame is the given one."""
-    torch.manual_seed(seed)
-    first = frames[:, 0, :3].float() / 255                                            # (B, 3, H, W)
-    start = world_model.context(world_model.embed(frames[:, :1])[:, 0])
-    future = world_model.decode(world_model.imagine(start, z))                        # (B, n, C, h, w)
-    return torch.cat([first[:, None], world_model.picture(future, first)], 1)
-
-
 def swap(study):
-    """The latents of clip A, imagined by the world model from the first frame of clip B of another episode.
+    """The world model imagines a clip from the first frame of clip B and the latent actions of clip A, which
+    is of another episode. If the latents stand for motion, the imagined clip moves as A does. If they mean
+    nothing, or if the scene decides, it moves as B does.
 
-    Counted are pairs whose true motions (optical flow, 2 pixels or more) differ by more than 60 degrees. If
-    the latents mean motion, the imagined clip moves as A does; if they mean nothing, or if the scene decides,
-    it moves as B does. A cosine of 1 is the same direction, 0 is unrelated. Things of A that appear in B's
-    scene show what else the latents carry. Intervals: 95 % over the n episodes of A and B, both resampled.
+    Motion is measured by optical flow. A cosine of 1 is the same direction, 0 is unrelated. Only pairs whose
+    true motions are longer than 2 pixels and differ by more than 60 degrees count. If objects of A appear in
+    the scene of B, the latents carry more than motion. Intervals: 95 % over the n episodes of A and B.
     """
     config, video, seed = study.checkpoint["world_config"], study.video, study.args.seed
+    latents = study.checkpoint["args"]["latents"]
     if video is None:
-        raise LeftOut("there are no video clips: the pretraining video is not here; --video names another")
-    if study.checkpoint["args"]["latents"] == "true":
-        raise LeftOut("the world model was trained on true actions (--latents true), not on latents")
-    if config["target"] in ("features", "flow"):
-        raise LeftOut(f"the world model predicts {config['target']}, in which motion cannot be measured")
-    if not config["context_frame"]:
-        raise LeftOut("the world model does not see the first frame (--no-context-frame)")
+        raise InputError("there are no video clips: the pretraining video is not here; --video names another")
+    if latents == "true" or config["target"] in ("features", "flow") or not config["context_frame"]:
+        raise InputError("the world model must take latents, see the first frame and predict pixels; it has "
+                         f"--latents {latents}, --target {config['target']}, context frame "
+                         f"{config['context_frame']}")
     world_model = WorldModel(config).to(study.device).eval()
     world_model.load_state_dict(study.checkpoint["world_model"])
     frames = torch.from_numpy(video["frames"]).to(study.device)                       # (B, n+1, 3V, H, W)
     z = torch.from_numpy(video["latents"][study.names[0]]).float().to(study.device)   # (B, n, Z)
+    true = frames[:, :, :3].float() / 255
+
+    def imagine(z):
+        torch.manual_seed(seed)                                                       # the same noise
+        start = world_model.context(world_model.embed(frames[:, :1])[:, 0])
+        future = world_model.decode(world_model.imagine(start, z))                    # (B, n, C, h, w)
+        return torch.cat([true[:, :1], world_model.picture(future, true[:, 0])], 1)   # (B, n+1, 3, H, W)
+
     of_a = np.random.default_rng(seed).permutation(len(z))                            # clip A for each clip B
-    true, own, swapped = (frames[:, :, :3].float() / 255, imagined(world_model, frames, z, seed),
-                          imagined(world_model, frames, z[of_a], seed))
+    own, swapped = imagine(z), imagine(z[of_a])
     b, a = video["motion"], video["motion"][of_a]                                     # true motions (B, 2)
-    mine, theirs = (image_motion(x)[0].numpy() for x in (own, swapped))
+    motion_own, motion_swapped = (image_motion(x).numpy() for x in (own, swapped))
     whole, episode = ~video["is_pad"].any(1), np.stack([video["episode"], video["episode"][of_a]], 1)
     counted = whole & whole[of_a] & (episode[:, 0] != episode[:, 1]) & (cosine(a, b) < 0.5)
     counted &= np.minimum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)) > MOVES_PIXELS
-    rows = [{"the imagined motion against": text, "mean cosine": None if counted.sum() < 4 else estimate(
-                bootstrap(mean, [cosine(x, y)[counted, None]], episode[counted], seed)[:, 0]),
+    rows = [{"imagined from": source, "compared with": true_motion,
+             "mean cosine": None if counted.sum() < 4 else estimate(
+                 bootstrap(mean, [cosine(x, y)[counted, None]], episode[counted], seed)[:, 0]),
              "pairs": int(counted.sum()), "n": len(np.unique(episode[counted]))}
-            for text, x, y in (("its own true motion, without a swap", mine, b),
-                               ("that of A, whose latents it got", theirs, a),
-                               ("that of B, whose scene it got", theirs, b))]
-    shown = np.flatnonzero(next(x for x in (counted, whole, whole | True) if x.any()))
+            for source, true_motion, x, y in (("B, latents of B", "true motion of B", motion_own, b),
+                                              ("B, latents of A", "true motion of A", motion_swapped, a),
+                                              ("B, latents of A", "true motion of B", motion_swapped, b))]
+    shown = np.flatnonzero(counted | ~counted.any())
     shown = shown[np.linspace(0, len(shown) - 1, min(3, len(shown))).astype(int)]
     pictures = torch.stack([x for i in shown for x in (true[i], own[i], swapped[i], true[of_a[i]])])
     columns = np.unique(np.linspace(0, z.shape[1], min(6, z.shape[1] + 1)).astype(int))
     pictures = (255 * pictures[:, columns].permute(0, 1, 3, 4, 2).cpu().numpy()).astype(np.uint8)
-    return "Latents of A in the scene of B", rows, mosaic(
-        pictures.repeat(2, 2).repeat(2, 3), [f"k = {k}" for k in columns],
-        ["B, true", "B, its own latents", "B, latents of A", "A, true"] * len(shown))
+    return "Latent actions of clip A in the scene of clip B", rows, mosaic(
+        pictures, [f"frame t + {k}" for k in columns],
+        ["B, true", "B, latents of B", "B, latents of A", "A, true"] * len(shown))
 
 
 def metres_per_unit(action):
-    """Unit of the first three actions in metres -> (3,). LeftOut if they are not changes of a position."""
+    """Unit of the first three actions in metres -> (3,). InputError if they are not changes of a position."""
     units, delta = action["units"][:3], action["delta"][:3]
     lengths = [re.fullmatch(r"([\d.]*) ?m", unit) for unit in units]
     if len(units) < 3 or not all(delta) or not all(lengths):
-        raise LeftOut(f"the first three actions are not changes of a position (units {list(units)}, delta "
-                      f"{list(delta)})")
+        raise InputError("the first three actions are not changes of a position (units "
+                         f"{list(units)}, delta {list(delta)})")
     return np.array([float(length[1] or 1) for length in lengths])
 
 
 def pairs(study):
-    """Nearest neighbours in latent space among held-out clips of other episodes (Fig. 7).
+    """Nearest neighbours in the space of latent actions, among held-out clips of other episodes (Fig. 7).
 
-    Two motions agree when they point the same way within 60 degrees: the true displacement of the end
-    effector between robot clips, the motion in the picture (optical flow, drawn as an arrow) between robot
-    and video. Only clips that move count: 1 cm, or 2 pixels. "Any such pair" is what chance gives. The pairs
-    shown are evenly spaced, not the best. Intervals: 95 % over the n episodes of the first clip.
+    Two motions agree if their directions differ by less than 60 degrees. Between robot clips the motion is
+    the true displacement of the end effector, between robot and video the optical flow (arrows). Only clips
+    that move more than 1 cm, or 2 pixels, count. "Any such pair" is the rate at which random pairs agree. The
+    pictures are evenly spaced over the clips, not selected. Intervals: 95 % over the n episodes of the clips.
     """
     def latents(clips, name):                                                         # (N, d), standardised
-        x = clips["latents"].get(name, clips["small picture"]).reshape(len(clips["t"]), -1)
+        main_camera = clips["frame"][:, :3 * SIDE ** 2]
+        x = clips["latents"].get(name, main_camera).reshape(len(main_camera), -1)
         return (x - x.mean(0)) / (x.std(0) + 1e-8)
 
-    robot, video, rows, pictures = study.held_out, study.video, [], {}
+    robot, video, rows, shown = study.held_out, study.video, [], {}
     shift = robot["actions"][:, :, :3].sum(1) * metres_per_unit(study.action)         # (Q, 3), m
     same_task = robot["instruction_id"][:, None] == robot["instruction_id"]
     other_episode = robot["episode"][:, None] != robot["episode"]
@@ -583,13 +566,14 @@ def pairs(study):
                          "any such pair": estimate(samples[:, 1]), "pairs": len(query),
                          "n": len(np.unique(robot["episode"][query]))})
             if name == study.names[0]:
-                shown = np.linspace(0, len(query) - 1, 6).astype(int)
-                pictures[kind] = [np.concatenate([arrow(robot, query[i]), arrow(bank, nearest[i])], 1)
-                                  for i in shown]
+                shown[kind] = [clip for i in np.linspace(0, len(query) - 1, 6).astype(int)
+                               for clip in ((robot, query[i]), (bank, nearest[i]))]
     if not rows:
-        raise LeftOut("no two held-out clips of different episodes move")
-    return "Nearest pairs in latent space", rows, mosaic(
-        np.array(list(pictures.values())), [f"pair {k + 1}" for k in range(6)], list(pictures), gap=16)
+        raise InputError("no two held-out clips of different episodes move")
+    pictures, motions = (np.array([[clips[key][i] for clips, i in line] for line in shown.values()])
+                         for key in ("picture", "motion"))
+    return "Nearest pairs of latent actions", rows, mosaic(
+        pictures.transpose(0, 1, 3, 4, 2), ["clip", "nearest"] * 6, list(shown), motions)
 
 
 ANALYSES = (correlations, probes, collapse, swap, pairs)
@@ -603,89 +587,68 @@ BASELINES = {"random weights": ("#E69F00", "s"), "random 1": ("#E69F00", "s"), "
 OTHERS = [("#0072B2", "o"), ("#D55E00", "v"), ("#56B4E9", "<"), ("#F0E442", ">")]
 
 
-def png(figure):
-    """A matplotlib figure -> PNG as bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
-    return buffer.getvalue()
-
-
-def mosaic(pictures, columns, rows, gap=3):
-    """Pictures (R, K, h, w, 3) uint8 with the names of columns and rows -> PNG."""
+def mosaic(pictures, columns, rows, motions=None):
+    """Pictures (R, K, h, w, 3) uint8 with the names of columns and rows -> figure. motions (R, K, 2), x and y
+    in pixels, are drawn as arrows from the middle."""
     R, K, h, w, _ = pictures.shape
-    pictures = np.pad(pictures, [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=255)
-    figure = Figure(figsize=(1.7 + K * w / h, 0.3 + R), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(pictures.transpose(0, 2, 1, 3, 4).reshape(R * (h + gap), K * (w + gap), 3))
-    axes.set_yticks((np.arange(R) + 0.5) * (h + gap), rows, fontsize=8)
-    axes.set_xticks((np.arange(K) + 0.5) * (w + gap), columns, fontsize=8)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    return png(figure)
+    figure = Figure(figsize=(2 + K * w / h, 0.4 + R), layout="compressed")
+    for (i, k), axes in np.ndenumerate(figure.subplots(R, K, squeeze=False)):
+        axes.imshow(pictures[i, k])
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(columns[k] if i == 0 else "", fontsize=8)
+        axes.set_ylabel(rows[i] if k == 0 else "", fontsize=8, rotation=0, ha="right", va="center")
+        if motions is not None:
+            axes.quiver(w / 2, h / 2, *motions[i, k], angles="xy", scale_units="xy", scale=1, width=0.025,
+                        facecolor="white", edgecolor="black", linewidth=0.7)
+    return figure
 
 
-def arrow(clips, i, scale=3):
-    """First frame of clip i, enlarged, with its motion over the chunk as an arrow -> (H, W, 3) uint8."""
-    picture = clips["picture"][i].transpose(1, 2, 0).repeat(scale, 0).repeat(scale, 1)
-    picture = np.pad(picture[:, :-6], [(0, 0), (0, 6), (0, 0)], constant_values=255)  # a gap on the right
-    start, motion, edge = scale * clips["where"][i], scale * clips["motion"][i], len(picture) - 6
-    # The arrow is shortened where it would leave the picture.
-    room = np.where(motion > 0, edge - start, start - 6) / np.maximum(np.abs(motion), 1e-6)
-    end = start + motion * np.clip(room.min(), 0, 1)
-    for colour, thick in (((0, 0, 0), 5), ((255, 255, 255), 2)):                      # visible on any ground
-        cv2.arrowedLine(picture, start.astype(int).tolist(), end.astype(int).tolist(), colour, thick,
-                        cv2.LINE_AA, tipLength=0.3)
-    return picture
-
-
-def draw(*panels):
-    """Panels side by side -> PNG. panel: (x (K,), {name: K estimates}, settings of the axes); x of text is a
-    list of categories."""
+def draw(ylabel, *panels):
+    """Panels (title, label of x, K values of x, {name: K estimates}) side by side -> figure."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    for axes, (x, curves, settings) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        others, places, text = itertools.cycle(OTHERS), np.arange(len(x)), isinstance(x[0], str)
+    for axes, (title, xlabel, x, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        others = itertools.cycle(OTHERS)
         for k, (name, estimates) in enumerate(curves.items()):
             colour, mark = BASELINES.get(name) or next(others)
             value, low, high = np.array(estimates, float).T
-            at = places + 0.1 * (k - (len(curves) - 1) / 2) if text else x      # categories: side by side
-            axes.errorbar(at, value, np.clip([value - low, high - value], 0, None), marker=mark, ms=5,
-                          lw=0 if text else 1.2, elinewidth=0.8, capsize=2, color=colour, label=name)
+            axes.errorbar(np.arange(len(x)) + 0.08 * (k - len(curves) / 2), value,          # side by side
+                          np.clip([value - low, high - value], 0, None), marker=mark, ms=5, elinewidth=0.8,
+                          lw=0 if isinstance(x[0], str) else 1.2, capsize=2, color=colour, label=name)
         axes.axhline(0, color="black", lw=0.6)
         axes.grid(alpha=0.3)
-        axes.set(ylim=(-0.3, 1.03), **settings)
-        axes.set_xticks(places if text else x, x)
-        axes.minorticks_off()
+        axes.set(ylim=(-0.3, 1.03), title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set_xticks(range(len(x)), x)
     figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
-    return png(figure)
+    return figure
 
 
 def text_rows(rows):
-    """Rows of an analysis -> tuples of text, the heading first: numbers rounded, "detail" left out."""
+    """Rows of an analysis -> lists of text, the heading first: numbers rounded, "detail" left out."""
     def text(value):
         if isinstance(value, list):
             value, low, high = value
-            return "-" if value is None else f"{value:.2f} " + (
-                f"[n < {FEWEST_EPISODES}]" if low is None else f"[{low:.2f}, {high:.2f}]")
+            ends = f"n < {FEWEST_EPISODES}" if low is None else f"{low:.2f}, {high:.2f}"
+            return "-" if value is None else f"{value:.2f} [{ends}]"
         return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
     keys = [key for key in rows[0] if key != "detail"]
-    return [tuple(keys), *(tuple(text(row[key]) for key in keys) for row in rows)]
+    return [keys, *([text(row[key]) for key in keys] for row in rows)]
 
 
 def html_report(title, facts, sections):
-    """One self-contained page -> bytes. sections: (heading, explanation, rows, PNG or None)."""
-    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(facts)}</pre>"]
-    for heading, explanation, rows, picture in sections:
-        body.append(f"<h2>{html.escape(heading)}</h2>")
-        body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in explanation.split("\n\n")]
-        body.append(f"<pre>{html.escape(markdown_table(text_rows(rows)))}</pre>")
-        if picture:
-            body.append(f'<img alt="{html.escape(heading)}" src="data:image/png;base64,'
-                        f'{base64.b64encode(picture).decode()}">')
+    """One self-contained page -> bytes. sections: (heading, explanation, rows, path of a PNG or None)."""
     style = ("body{font:15px/1.5 sans-serif;max-width:75em;margin:2em auto;padding:0 1em}img{max-width:100%}"
              "p{max-width:50em}pre{background:#eee;padding:1em;overflow-x:auto;font-size:12px}")
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f"<style>{style}</style>" + "\n".join(body) + "</html>\n").encode()
+    text = html.escape
+    page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{text(title)}</title>'
+            f"<style>{style}</style><h1>{text(title)}</h1><pre>{text(facts)}</pre>"]
+    for heading, explanation, rows, picture in sections:
+        page += [f"<h2>{text(heading)}</h2>", *(f"<p>{text(x)}</p>" for x in explanation.split("\n\n")),
+                 f"<pre>{text(markdown_table(text_rows(rows)))}</pre>"]
+        if picture:
+            page.append(f'<img alt="{text(heading)}" src="data:image/png;base64,'
+                        f'{base64.b64encode(picture.read_bytes()).decode()}">')
+    return "\n".join([*page, "</html>\n"]).encode()
 
 
 def arguments(argv):
@@ -703,13 +666,12 @@ def arguments(argv):
     g.add_argument("--out", help="folder for the report (default: cca beside the first checkpoint)")
     g.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; other flags still win")
-    g.add_argument("--seed", type=int, default=0, help="seed of everything that is random here")
+    g.add_argument("--seed", type=int, default=0, help="random seed")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     g.add_argument("--threads", type=int, default=1, help="torch CPU threads")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
-    assert set(SMOKE) <= set(vars(args)), "SMOKE names a flag that does not exist"
     at_least(args, 0, "seed")
     at_least(args, 1, "max_windows", "random_policies")
     at_least(args, 4, "clips")
@@ -723,44 +685,32 @@ def main(argv=None):
     out = Path(args.out or Path(args.checkpoint[0]).parent / "cca")
     if (out / "cca.json").exists() and not args.overwrite:
         raise InputError(f"{out} already holds a result: --overwrite replaces it, --out writes elsewhere")
-    notes = []
-
-    def note(text):
-        notes.append(text)
-        print(f"note         {text}")
-
     # ---- policies and data ----
-    policies, inverses, checkpoints = load_policies(args, device)
-    names, randoms = args.checkpoint, {k: v for k, v in policies.items() if k not in args.checkpoint}
-    *data, clips = open_data(args, policies, inverses, checkpoints[0])
-    estimate_latent_statistics(randoms.values(), data[0], min(512, args.max_windows), device)
-    train, held_out = (collect(policies, inverses, d, args.max_windows, device, title)
-                       for d, title in zip(data, ("training episodes", "held-out episodes")))
-    for name in (*names, *inverses):
-        if train["latents"][name].std(0).max() < 1e-6:
-            raise InputError(f"the latent actions of {name} are constant (collapsed): pretrain it again")
+    models, checkpoints = load_models(args.checkpoint, device)
+    *data, clips = open_data(args, checkpoints)
+    models |= random_policies(args, checkpoints[0]["config"], data[0], device)
+    train, held_out = (collect(models, d, args.max_windows, device) for d in data)
+    shown = {name: models[name] for name in (args.checkpoint[0], "random 1")}
+    video = clips and {"path": clips.path, **collect(shown, clips, args.clips, device, keep_frames=True)}
     action, instructions = data[0].attrs["action"], data[0].instructions
     labels = [n if action["names"].count(n) == 1 else f"{n}{d}" for d, n in enumerate(action["names"])]
     moves = {n: d for d, n in enumerate(labels) if train["actions"][:, 0, d].std() > 1e-6}
     still = [n for n in labels if n not in moves]
-    for split in (train, held_out):
-        split["group"] = np.array([group_of(instructions[i]) for i in split["instruction_id"]])
-    groups = [g for g in (*GROUPS, "other") if g in train["group"]]
-    shown = {name: policies[name] for name in (names[0], "random 1")}
-    video = clips and collect(shown, {}, clips, args.clips, device, "video clips", keep_frames=True) | {
-        "path": clips.path}
+    present = {group_of(instructions[i]) for i in train["instruction_id"]}
+    groups = [g for g in (*GROUPS, "other") if g in present]
     study = SimpleNamespace(
-        args=args, device=device, note=note, checkpoint=checkpoints[0],
-        names=names,                                            # of the pretrained policies
+        args=args, device=device, notes=[], checkpoint=checkpoints[0],
+        names=args.checkpoint,                                  # of the pretrained policies
         train=train, held_out=held_out, video=video,            # see collect(); video may be None
         action=action, moves=moves,                             # {name: dimension} of actions that vary
         instructions=instructions, groups=groups if len(groups) > 1 else [])
     facts = "\n".join([
-        *(f"policy       {path}, step {c['step']:,}" for path, c in zip(args.checkpoint, checkpoints)),
+        *(f"policy       {path}, step {c['step']:,}, hash {file_hash(path)}"
+          for path, c in zip(args.checkpoint, checkpoints)),
         f"actions      {data[0].action_dim}; constant and left out: {', '.join(still) or 'none'}",
-        f"data         {args.data}, {data[0].stride} frames per latent action: fitted on "
-        f"{data[0].num_episodes} episodes ({len(train['t']):,} windows), reported on {data[1].num_episodes} "
-        f"held-out episodes ({len(held_out['t']):,} windows)",
+        f"data         {args.data}, {data[0].stride} frames per latent action, hash {data[0].fingerprint}",
+        *(f"{use:12s} {d.num_episodes} episodes, {len(split['t']):,} windows"
+          for use, d, split in zip(("training", "held-out"), data, (train, held_out))),
         *(f"{g:12s} {', '.join(t for t in instructions if group_of(t) == g)[:200]}" for g in groups)])
     print(facts)
 
@@ -769,29 +719,25 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     for analysis in ANALYSES:
         try:
-            title, rows, picture = analysis(study)
-        except LeftOut as reason:
-            note(f"{analysis.__name__}: left out, {reason}")
+            title, rows, figure = analysis(study)
+        except InputError as reason:
+            study.notes.append(f"{analysis.__name__}: left out, {reason}")
             continue
         print(f"\n{title}\n\n{markdown_table(text_rows(rows))}")
-        sections.append((title, inspect.getdoc(analysis), rows, picture))
+        path = figure and out / f"{analysis.__name__}.png"
+        if figure:
+            figure.savefig(path, dpi=130)
+        sections.append((title, inspect.getdoc(analysis), rows, path))
         result[analysis.__name__] = {"title": title, "rows": rows}
-        if picture:
-            write_atomically(out / f"{analysis.__name__}.png", picture)
 
     # ---- report ----
-    origin = provenance()
-    facts += ("".join(f"\nnote         {text}" for text in notes)
-              + f"\ncommand      {origin['command']}, commit {origin['commit']}, {origin['machine']}")
+    origin, notes = provenance(), "".join(f"\nnote         {text}" for text in study.notes)
+    print(notes)
+    facts += f"{notes}\ncommand      {origin['command']}, commit {origin['commit']}, {origin['machine']}"
     write_atomically(out / "report.html",
-                     html_report("Latent actions of " + ", ".join(names), facts, sections))
-    write_json(out / "cca.json", {
-        **result, "notes": notes, "constant_actions": still, "args": vars(args), "provenance": origin,
-        "checkpoints": [{"path": path, "hash": file_hash(path), "step": c["step"]}
-                        for path, c in zip(args.checkpoint, checkpoints)],
-        "data": {"path": args.data, "fingerprint": data[0].fingerprint, "stride": data[0].stride,
-                 "episodes": [d.num_episodes for d in data],
-                 "windows": [len(train["t"]), len(held_out["t"])]}})
+                     html_report("Latent actions of " + ", ".join(args.checkpoint), facts, sections))
+    write_json(out / "cca.json",
+               {**result, "facts": facts.splitlines(), "args": vars(args), "provenance": origin})
     print(f"\nwrote        {out}/report.html, cca.json and the pictures")
 
 

@@ -1,9 +1,9 @@
-"""How long does cca.py take for many latent actions, and how much memory?
+"""Time and memory of cca.py for many latent actions.
 
     python tests/benchmark_cca.py                # 100,000 chunks of 10 latents and 10 true actions, each of 7
 
-Correlations of single steps and chunks with all baselines, probes and collapse, on made-up numbers whose
-answer is known; no policy is run.
+Correlations of single steps and chunks with all baselines, probes and collapse, on random numbers for which
+the answer is known.
 """
 import resource
 import sys
@@ -23,7 +23,7 @@ def windows(count, first_episode, rng):
     return {"latents": {"latents": (actions + noise) / np.sqrt(2), "random 1": random}, "actions": actions,
             "is_pad": np.zeros((count, 10), bool), "episode": first_episode + np.arange(count) // 50,
             "t": np.arange(count) % 50, "instruction_id": np.arange(count) // 50 % 4,
-            "frame": rng.uniform(size=(count, 768)), "group": np.full(count, "other")}
+            "frame": rng.uniform(size=(count, 768))}
 
 
 count, rng, began = int((sys.argv + ["100000"])[1]), np.random.default_rng(0), time.time()
