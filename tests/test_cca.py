@@ -168,6 +168,13 @@ def test_a_group_with_too_few_episodes_is_left_out_with_a_note(study):
     assert tasks == {"all", "Take"} and len(study.notes) == 2 and "correlations of Put" in study.notes[0]
 
 
+def test_constant_latents_are_reported_with_correlation_zero(study):
+    for split in (study.train, study.held_out):
+        split["latents"]["blind"][:] = 0.3
+    assert [row["1st"][0] for row in cca.correlations(study)[1] if row["latents"] == "blind"] == [0] * 6
+    assert abs(cca.probes(study)[1][1]["mean"][0]) < 0.1
+
+
 def test_probes_learn_from_the_episodes_of_their_budget_alone(study, monkeypatch):
     seen, probe = [], cca.ridge_probe
     monkeypatch.setattr(cca, "ridge_probe", lambda X, Y, X_test, e: seen.append(e) or probe(X, Y, X_test, e))
@@ -362,14 +369,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(data, runs, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cca.json").write_text("{}")
     refused("--overwrite")
-
-
-def test_collapsed_latents_give_a_report_that_shows_the_collapse(data, runs, tmp_path):
-    good = torch.load(runs / "inverse" / "last.pt", weights_only=True)
-    policy = {k: v * 0 if k.startswith("latent_out") else v for k, v in good["policy"].items()}
-    save_checkpoint(tmp_path / "collapsed.pt", good | {"policy": policy})
-    result = analysis(tmp_path, "--checkpoint", tmp_path / "collapsed.pt", "--data", data.robot)
-    assert result["collapse"]["rows"][0]["std"] == 0 and result["correlations"]["rows"][0]["mean"][0] == 0
 
 
 def test_task_groups_go_by_the_first_known_verb():
