@@ -532,9 +532,10 @@ def pairs(study):
     """Nearest neighbours in the space of latent actions, among held-out clips of other episodes (Fig. 7).
 
     Two motions agree if their directions differ by less than 60 degrees. Between robot clips the motion is
-    the true displacement of the end effector, between robot and video the optical flow (arrows). Only clips
-    that move more than 1 cm, or 2 pixels, count. "Any such pair" is the rate at which random pairs agree. The
-    pictures are evenly spaced over the clips, not selected. Intervals: 95 % over the n episodes of the clips.
+    the true displacement of the end effector, between robot and video the optical flow. Only clips that move
+    more than 1 cm, or 2 pixels, count. "Any such pair" is the rate at which random pairs agree. The pictures
+    are evenly spaced over the clips, not selected. An arrow from the middle shows the optical flow of a clip.
+    Intervals: 95 % over the n episodes of the clips.
     """
     def latents(clips, name):                                                         # (N, d), standardised
         main_camera = clips["frame"][:, :3 * SIDE ** 2]
@@ -685,6 +686,7 @@ def main(argv=None):
     out = Path(args.out or Path(args.checkpoint[0]).parent / "cca")
     if (out / "cca.json").exists() and not args.overwrite:
         raise InputError(f"{out} already holds a result: --overwrite replaces it, --out writes elsewhere")
+
     # ---- policies and data ----
     models, checkpoints = load_models(args.checkpoint, device)
     *data, clips = open_data(args, checkpoints)
