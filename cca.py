@@ -90,15 +90,16 @@ def choose_ridge(X, Y, episode):
     """The ridge of RIDGES whose directions correlate most on validation episodes (cross-validation over
     episodes). X (N, dx), Y (N, dy) without constant columns, episode (N,)."""
     Z, fold = np.c_[X, Y], np.unique(episode, return_inverse=True)[1] % FOLDS
-    Z = (Z - Z.mean(0)) / Z.std(0)
+    Z = np.c_[np.ones(len(Z)), (Z - Z.mean(0)) / Z.std(0)]
+    # Sums of products, one pass over the rows: those of the training rows are the total minus the fold's.
+    moments = np.array([Z[fold == k].T @ Z[fold == k] for k in np.unique(fold)])      # (folds, 1 + d, 1 + d)
 
-    def covariance(rows):
-        S = np.cov(Z[rows], rowvar=False, bias=True)
+    def covariance(M):
+        S = M[1:, 1:] / M[0, 0] - np.outer(M[0, 1:], M[0, 1:]) / M[0, 0] ** 2
         np.fill_diagonal(S, S.diagonal().clip(1e-8))        # a column may be constant in a fold
         return S
 
-    # Covariances, not rows, are all that fitting and validation need: one pass over the rows per fold.
-    folds = [(covariance(fold != k), covariance(fold == k)) for k in np.unique(fold)]
+    folds = [(covariance(moments.sum(0) - M), covariance(M)) for M in moments]
 
     def score(training, validation, ridge):
         A, B = cca_fit(training, X.shape[1], ridge)
