@@ -6,26 +6,22 @@
     python evaluate.py --env libero_goal --tasks 0,3 --episodes 5 --first 10   # starts 10 to 14 of two tasks
     python evaluate.py --compare runs/scratch/last.pt          # two policies, same starts: McNemar's test
     python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: an upper bound
-    python evaluate.py --resume                                # continue a run that was stopped
-    python evaluate.py --video 3                               # film the first 3 episodes of every task
+    python evaluate.py --resume --video 3                      # continue a stopped run, film 3 starts a task
     python evaluate.py --smoke                                 # two short episodes per task
     python evaluate.py --figure runs/*/eval_twin/results.json  # finished runs side by side: table, figure.png
     python evaluate.py --results runs/finetune/rollout_arm     # statistics of the real arm's episodes
 
-The outcome of an episode depends on the policy, the task, the start and --seed alone, not on other episodes
-or on --workers: each worker process simulates, renders and runs its own copy of the policy, one episode at a
-time. No training episode begins at any of these starts. A run writes to --out:
+The outcome of an episode depends on the checkpoint, the task, the start and --seed alone. It does not depend
+on other episodes or on --workers: each worker process simulates, renders and runs its own copy of the
+policy, one episode at a time. No training episode begins at any of these starts. A run writes to --out:
 
     episodes.jsonl   one line per finished episode; a stopped run loses only the episodes that were running
     results.json     successes per task, 95 % Wilson intervals, settings, versions, hash of the checkpoint
     videos/          TASK_START_success.mp4 or TASK_START_failure.mp4
 
---protocol full is what most publications do on LIBERO: all 50 stored initial states of each task, 10 steps
-for the objects to settle, at most 220 / 280 / 300 / 520 / 400 steps (spatial, object, goal, 10, 90).
-
-The intervals describe new starts of one checkpoint. Training again with another --seed also changes the
-success rate, so a claim about a method needs several checkpoints: the last of each training run, because the
-best of many on these starts is biased.
+The intervals cover new starts of one checkpoint. Training with another seed also changes the success rate,
+so a claim about a method needs several training runs. Use the last checkpoint of each: choosing the best one
+on these starts is biased.
 """
 import argparse
 import functools
@@ -37,12 +33,11 @@ import re
 import signal
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import cv2
 import numpy as np
@@ -66,20 +61,15 @@ SMOKE = dict(episodes=2, max_steps=20, video=1)
 # ---- environments ----------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    wordings: tuple         # of the instruction; the first is the usual one
-    max_steps: int
-
-
 @dataclass(frozen=True)
 class Benchmark:
-    """An environment and its tasks. It is sent to every worker process, so it can be pickled.
+    """An environment, its tasks and their starts. Every worker process gets a pickled copy.
 
     An environment has reset(task, start) -> obs, step(action, look) -> obs, done, success,
-    render(camera, size) -> (H, W, 3) uint8 RGB, max_steps and close().
+    render(camera, size) -> (H, W, 3) uint8 RGB, and max_steps.
     """
     make: Callable          # (cameras=, image_size=) -> environment; with cameras = () it renders nothing
-    tasks: dict             # name -> Task
+    tasks: dict             # name -> wordings of the instruction, the usual one first
     cameras: tuple          # all cameras of the environment
     proprio_dim: int
     action: dict            # names, units and delta of an action, as datasets store them
@@ -90,7 +80,6 @@ class Benchmark:
     episodes: int           # per task, in --protocol full
     hz: int                 # control steps per second
     about: dict             # versions and settings; stored with every episode, compared by --resume
-    expert: Callable | None = None      # (environment after reset, start) -> object with .act() -> (7,)
 
 
 def twin_benchmark(args, trained):
@@ -99,14 +88,14 @@ def twin_benchmark(args, trained):
     limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
     return Benchmark(
         make=functools.partial(TwinEnv, spread=spread), cameras=tuple(TWIN_CAMERAS), proprio_dim=PROPRIO_DIM,
-        tasks={name: Task((task.instruction,), task.max_steps) for name, task in TASKS.items()},
-        action=ACTION, still=np.array([0, 0, 0, 0, 0, 0, 1.0]), low=np.append(-limit, 0.0),
-        high=np.append(limit, 1.0), starts=range(EVAL_SEED0, 2 ** 31), episodes=30, hz=CONTROL_HZ,
-        expert=Expert, about={"spread": spread, "mujoco": version("mujoco")})
+        tasks={name: (task.instruction,) for name, task in TASKS.items()}, action=ACTION,
+        still=np.array([0, 0, 0, 0, 0, 0, 1.0]), low=np.append(-limit, 0.0), high=np.append(limit, 1.0),
+        starts=range(EVAL_SEED0, 2 ** 31), episodes=30, hz=CONTROL_HZ,
+        about={"spread": spread, "mujoco": version("mujoco")})
 
 
-# Step limits of openvla and openpi. UPSTREAM: 300 for every suite, which is too short for libero_10; the
-# LIBERO paper uses 600.
+# The protocol of most publications: all 50 stored initial states, these step limits (openvla, openpi).
+# UPSTREAM: at most 300 steps in every suite, too few for libero_10; the LIBERO paper allows 600.
 LIBERO_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
                 "libero_90": 400}
 LIBERO_SETTLE = 10                                              # steps, as in openvla; UPSTREAM: 5
@@ -114,10 +103,10 @@ LIBERO_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])               # -1: the grippe
 
 
 class LiberoEnv:
-    """The LIBERO simulator as an environment with reset, step, render and close.
+    """The LIBERO simulator. Start k of a task is its stored initial state k.
 
-    Start k is the stored initial state k of a task. images {"agentview", "wrist"}, upright; proprio (8,):
-    hand position (m), rotation vector (rad), finger positions (m); action (7,) in [-1, 1], gripper +1 closes.
+    obs: images {"agentview", "wrist"}, upright; proprio (8,): hand position (m), rotation vector (rad),
+    finger positions (m). action (7,) in [-1, 1]; gripper +1 closes.
     """
 
     def __init__(self, suite, assets, seed, cameras, image_size):
@@ -127,28 +116,24 @@ class LiberoEnv:
         self.max_steps = LIBERO_STEPS[suite]
 
     def reset(self, task, start):
-        """Begins an episode from a stored state and waits LIBERO_SETTLE steps. -> obs"""
-        return self.begin(task, stored_states(self.root, self.suite, task)[start], [self.seed, start],
-                          settle=LIBERO_SETTLE)
+        """Begins an episode from a stored state and waits until the objects have settled. -> obs"""
+        self.begin(task, stored_states(self.root, self.suite, task)[start], [self.seed, start])
+        for _ in range(LIBERO_SETTLE):
+            self.sim.step(LIBERO_STILL)
+        return self.observe()
 
-    def begin(self, task, state, seed, place=None, settle=0):
+    def begin(self, task, state, seed, place=None):
         """Begins an episode from a flattened state (S,). The state does not contain the furniture: the seed
-        places it, or place(simulator) does. -> obs"""
+        places it, or place(simulator) does."""
         bddl = self.root / "bddl_files" / self.suite / f"{task}.bddl"
         self.sim, self.steps = libero_simulator(str(bddl), self.assets), 0
         reset_simulator(self.sim, seed)
         if place:
             place(self.sim)
         show_state(self.sim, state)
-        for _ in range(settle):
-            self.sim.step(LIBERO_STILL)
-        return self.observe()
 
     def step(self, action, look=True):
-        """One control step of 1/20 s. -> obs (None if not look: rendering is the slow part), done, success
-
-        done = success or max_steps reached
-        """
+        """One control step of 1/20 s. -> obs (None unless look, as rendering is slow), done, success"""
         _, _, success, _ = self.sim.step(np.asarray(action, np.float64))
         self.steps += 1
         return self.observe() if look else None, bool(success) or self.steps >= self.max_steps, bool(success)
@@ -167,7 +152,7 @@ class LiberoEnv:
 
 def stored_states(root, suite, task):
     """LIBERO's initial states of a task -> (50, S)."""
-    # A pickle can run code. This one belongs to a package whose code runs anyway; load no other file so.
+    # Unpickling can run code. This file belongs to a package whose code runs anyway; load no other file so.
     return np.asarray(torch.load(root / "init_files" / suite / f"{task}.pruned_init", weights_only=False))
 
 
@@ -180,7 +165,7 @@ def libero_benchmark(suite, args, trained):
         bddl = (root / "bddl_files" / suite / f"{name}.bddl").read_text()
         language = re.search(r"\(:language ([^)]*)\)", bddl)[1].strip().lower()  # as LIBERO's own parser does
         info = {"problem_info": json.dumps({"language_instruction": language})}
-        tasks[name] = Task(tuple(libero_instructions(info, f"{name}.hdf5")), LIBERO_STEPS[suite])
+        tasks[name] = libero_instructions(info, f"{name}.hdf5")
     # Names and sizes of all meshes and textures: distinguishes LIBERO's own from replacements.
     sizes = sorted((str(path.relative_to(assets)), path.stat().st_size)
                    for path in assets.rglob("*") if path.is_file())
@@ -215,7 +200,7 @@ class Arm:
 
 
 def make_chunker(args, policy):
-    """Executes --execute actions per look, otherwise the policy's own number; 0: temporal ensembling."""
+    """Executes --execute actions per look, by default the policy's own number; 0: temporal ensembling."""
     if not policy:
         return ActionChunker(1, execute=1)
     execute = min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute
@@ -223,73 +208,64 @@ def make_chunker(args, policy):
 
 
 def control(name, bench, env, start, rng):
-    """policy_fn(obs) -> (1, 7): noop does nothing, random draws uniform actions, expert is scripted."""
-    script = functools.cache(lambda: bench.expert(env, start))      # at the first look: it plans from there
-    return {"noop": lambda obs: bench.still[None], "expert": lambda obs: script().act()[None],
+    """-> policy_fn(obs) -> (1, 7) of a control."""
+    expert = functools.cache(lambda: Expert(env, start))        # made at the first look: it plans from there
+    return {"noop": lambda obs: bench.still[None], "expert": lambda obs: expert().act()[None],
             "random": lambda obs: rng.uniform(bench.low, bench.high)[None]}[name]
 
 
 # ---- playing episodes ------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """One episode to be played. arm, label: key and label of its Arm."""
-    arm: str
-    label: str
-    task: str
-    start: int
-    film: bool = False
-
-
 class Player:
-    """Plays episodes in one process, with a policy and an environment per arm."""
+    """Plays episodes in one process. labels: {key: label} of all arms; the first is filmed."""
 
-    def __init__(self, bench, args):
-        self.bench, self.args, self.arms = bench, args, {}
+    def __init__(self, bench, args, labels):
+        self.bench, self.args, self.labels, self.arms = bench, args, labels, {}
 
-    def open(self, job):
-        """-> Arm, environment; made for the first episode of an arm."""
-        arm = Arm(job.label, self.args.device)
-        if arm.key != job.arm:
-            raise InputError(f"{job.label} was replaced while it was being evaluated; finished episodes are "
+    def open(self, key):
+        """-> Arm, its environment."""
+        arm = Arm(self.labels[key], self.args.device)
+        if arm.key != key:
+            raise InputError(f"{arm.label} was replaced while it was being evaluated; finished episodes are "
                              "kept. Evaluate a copy of the checkpoint, or start again with --overwrite")
         cameras, size = (arm.policy.cameras, arm.policy.config["image_size"]) if arm.policy else ((), 64)
         return arm, self.bench.make(cameras=tuple(cameras), image_size=size)
 
-    def play(self, job):
-        """One episode -> its line for episodes.jsonl."""
-        clock, bench, args = time.perf_counter(), self.bench, self.args
-        wordings = bench.tasks[job.task].wordings
-        if job.arm not in self.arms:
-            self.arms[job.arm] = self.open(job)
-        arm, env = self.arms[job.arm]
-        # All random numbers of an episode follow from these three, not from the episodes before it.
-        origin = [args.seed, job.start, list(bench.tasks).index(job.task)]
+    def play(self, key, task, start):
+        """One episode of an arm -> its line for episodes.jsonl."""
+        began, bench, args = time.perf_counter(), self.bench, self.args
+        if key not in self.arms:
+            self.arms[key] = self.open(key)
+        arm, env = self.arms[key]
+        wordings = bench.tasks[task]
+        # All random numbers of an episode follow from these, not from the episodes before it.
+        rng = np.random.default_rng([args.seed, start, list(bench.tasks).index(task), 8 if arm.policy else 7])
         if arm.policy:
             known = [text for text in wordings if text in arm.data["instructions"]]
-            policy_fn = policy_function(arm.policy, (known or wordings)[0],
-                                        np.random.default_rng([*origin, 8]))
+            policy_fn = policy_function(arm.policy, (known or wordings)[0], rng)
         else:
-            policy_fn = control(job.arm, bench, env, job.start, np.random.default_rng([*origin, 7]))
-        film = Film(env, bench.cameras, bench.hz) if job.film else None
-        success, actions = rollout(env, policy_fn, make_chunker(args, arm.policy), job.task, job.start,
-                                   args.max_steps, film)
+            policy_fn = control(key, bench, env, start, rng)
+        filmed = key == next(iter(self.labels)) and start in bench.starts[args.first:args.first + args.video]
+        film = Film(env, bench.cameras, bench.hz) if filmed else None
+        chunker = make_chunker(args, arm.policy)
+        success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, film)
         if film:
-            film.write(Path(args.out, "videos"), f"{job.task}_{job.start}", wordings[0], success)
-        return {"arm": job.arm, "label": job.label, "task": job.task, "start": job.start, "success": success,
-                "steps": len(actions), "seconds": round(time.perf_counter() - clock, 3),
+            film.write(Path(args.out, "videos"), f"{task}_{start}", wordings[0], success)
+        return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
+                "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),
                 # Two episodes with the same hash had the same actions to the last bit.
                 "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8]}
 
 
-def begin_worker(bench, args):
-    """Runs first in every worker process. play_in_worker() then uses its Player."""
+def begin_worker(bench, args, labels):
+    """Runs first in every worker process."""
     global player
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to the parent, which ends the workers
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    player = Player(bench, args)
+    player = Player(bench, args, labels)
 
 
 def end_with_parent():
@@ -297,42 +273,29 @@ def end_with_parent():
     os._exit(1)
 
 
-def play_in_worker(job):
-    return player.play(job)
+def play_in_worker(*job):
+    return player.play(*job)
 
 
-def play_all(jobs, bench, args):
-    """Plays the jobs in --workers processes (0: in this one); yields the line of each episode when it ends.
-
-    InputError, which names task and start, when a worker is killed. Each worker is a pool of one process: a
-    larger pool does not tell which episode a killed process was playing.
-    """
+def play_all(jobs, bench, args, labels):
+    """Plays the jobs (arm, task, start) in --workers processes (0: in this one). Yields the line of each
+    episode when it ends. InputError when a worker is killed."""
     if not args.workers:
-        yield from map(Player(bench, args).play, jobs)
+        player = Player(bench, args, labels)
+        yield from (player.play(*job) for job in jobs)
         return
-    jobs, playing = iter(jobs), {}                      # future -> its worker and job
     context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and the threads of torch
-    workers = [ProcessPoolExecutor(1, context, begin_worker, (bench, args)) for _ in range(args.workers)]
+    pool = ProcessPoolExecutor(args.workers, context, begin_worker, (bench, args, labels))
     try:
-        for worker, job in zip(workers, jobs):
-            playing[worker.submit(play_in_worker, job)] = worker, job
-        while playing:
-            for future in wait(playing, return_when=FIRST_COMPLETED).done:
-                worker, job = playing.pop(future)
-                try:
-                    line = future.result()
-                except BrokenProcessPool:
-                    raise InputError(f"the worker that played {job.task}, start {job.start}, was killed: if "
-                                     "memory ran out, use fewer --workers; finished episodes are kept, "
-                                     "continue with --resume") from None
-                if job := next(jobs, None):
-                    playing[worker.submit(play_in_worker, job)] = worker, job
-                yield line
+        for future in as_completed([pool.submit(play_in_worker, *job) for job in jobs]):
+            yield future.result()
+    except BrokenExecutor:
+        raise InputError("a worker process was killed: if memory ran out, use fewer --workers; finished "
+                         "episodes are kept, continue with --resume") from None
     finally:
         for process in multiprocessing.active_children():
             process.terminate()                         # shutdown alone would wait for the running episodes
-        for worker in workers:
-            worker.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -349,7 +312,7 @@ def read_episodes(folder):
 
 
 def open_results(out, args, settings, keys):
-    """The finished episodes in `out`, as read_episodes gives them. InputError: they are not of this run."""
+    """-> read_episodes(out). InputError if the episodes are of another run."""
     path = out / "episodes.jsonl"
     check_free(out, path.exists() or (out / "results.json").exists(), args)
     if args.overwrite:
@@ -360,14 +323,14 @@ def open_results(out, args, settings, keys):
         check_same(f"{path} ({task}, start {start})", line["settings"], settings)
         if key not in (*keys, *CONTROLS):
             raise InputError(f"{path} holds episodes of checkpoint {key}, this one is {', '.join(keys)}: "
-                             "--resume needs the same checkpoints, --overwrite starts afresh")
+                             "--resume needs the same checkpoints, --overwrite starts again")
     out.mkdir(parents=True, exist_ok=True)
     return done
 
 
 def success_rate(outcomes):
     """[bool] -> {"successes", "n", "rate", "wilson": 95 % interval}."""
-    k, n = int(sum(outcomes)), len(outcomes)
+    k, n = sum(outcomes), len(outcomes)
     interval = binomtest(k, n).proportion_ci(method="wilson")
     return {"successes": k, "n": n, "rate": k / n, "wilson": [float(interval.low), float(interval.high)]}
 
@@ -379,51 +342,42 @@ def percent(r, digits=0):
 
 
 def mcnemar(first, second):
-    """McNemar's exact test of two policies on the same starts. Only pairs with different outcomes count.
+    """McNemar's exact test of two arms, {(task, start): success} each, on the starts that both have played.
 
-    first, second: (n,) bool, in the same order. -> n, number of such pairs either way, difference of the
-    success rates, two-sided p
+    Only pairs with different outcomes count. -> numbers of pairs, of unpaired episodes and of such pairs
+    either way, difference of the success rates, two-sided p
     """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    n, better, worse = len(first), int((first & ~second).sum()), int((second & ~first).sum())
-    return {"n": n, "only_first": better, "only_second": worse, "difference": (better - worse) / max(n, 1),
+    pairs = [(first[start], second[start]) for start in first if start in second]
+    n, better, worse = len(pairs), pairs.count((True, False)), pairs.count((False, True))
+    return {"n": n, "unpaired": len(first) + len(second) - 2 * n, "only_first": better, "only_second": worse,
+            "difference": (better - worse) / max(n, 1),
             "p_value": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0}
 
 
-def summarise(lines, pair=()):
-    """Lines of episodes -> {"arms": rates per task and overall, "comparison" of the two arms in pair}.
+def report(out, lines, pair, about):
+    """Prints the success rates of episodes and writes them, with `about`, to out/results.json.
 
-    The comparison takes the starts that both arms have played and counts the other episodes as "unpaired".
+    lines: of episodes.jsonl. pair: keys of two arms to compare, or ().
     """
-    arms, played = {}, {}
-    for line in lines:
-        arm = arms.setdefault(line["arm"], {"label": line["label"], "tasks": {}})
-        arm["tasks"].setdefault(line["task"], []).append(line["success"])
-        played.setdefault(line["arm"], {})[line["task"], line["start"]] = line["success"]
-    for key, arm in arms.items():
-        arm["overall"] = success_rate(list(played[key].values()))
-        arm["tasks"] = {task: success_rate(outcomes) for task, outcomes in arm["tasks"].items()}
-    results = {"arms": arms, "made_by": sorted({f"{x['commit']}, {x['machine']}" for x in lines})}
-    if pair:
-        first, second = (played[key] for key in pair)
-        both = [start for start in first if start in second]
-        results["comparison"] = {"arms": list(pair), "unpaired": len(first) + len(second) - 2 * len(both),
-                                 **mcnemar([first[x] for x in both], [second[x] for x in both])}
-    return results
-
-
-def report(out, results):
-    """Prints the table and the comparison, writes out/results.json."""
-    rows = [("policy", "task", "success", "rate (%)", "Wilson 95 %")]
-    for arm in results["arms"].values():
-        rows += [(arm["label"], task, *percent(r, 0 if r["n"] <= 100 else 1))
-                 for task, r in [*arm["tasks"].items(), ("all", arm["overall"])]]
+    rows, arms = [("policy", "task", "success", "rate (%)", "Wilson 95 %")], {}
+    for key in dict.fromkeys(line["arm"] for line in lines):
+        own = [line for line in lines if line["arm"] == key]
+        rates = {task: success_rate([line["success"] for line in own if line["task"] == task])
+                 for task in dict.fromkeys(line["task"] for line in own)}
+        overall = success_rate([line["success"] for line in own])
+        arms[key] = {"label": own[0]["label"], "tasks": rates, "overall": overall}
+        rows += [(own[0]["label"], task, *percent(rate)) for task, rate in (rates | {"all": overall}).items()]
     print("\n" + markdown_table(rows))
-    if len(results["made_by"]) > 1:
-        print(f"note         the episodes come from different code or machines: {results['made_by']}")
-    if c := results.get("comparison"):
-        first, second = (results["arms"][key]["label"] for key in c["arms"])
-        print(f"\n{first} minus {second}: {100 * c['difference']:+.0f} points on {c['n']} paired starts "
+    made_by = sorted({f"{line['commit']}, {line['machine']}" for line in lines})
+    if len(made_by) > 1:
+        print(f"note         the episodes come from different code or machines: {made_by}")
+    results = {**about, "arms": arms, "made_by": made_by, "comparison": None}
+    if pair:
+        first, second = ({(x["task"], x["start"]): x["success"] for x in lines if x["arm"] == key}
+                         for key in pair)
+        results["comparison"] = c = {"arms": list(pair), **mcnemar(first, second)}
+        print("\n{} minus {}: ".format(*(arms[key]["label"] for key in pair))
+              + f"{100 * c['difference']:+.0f} points on {c['n']} paired starts "
               f"({c['unpaired']} episodes have no partner)\n"
               f"only the first succeeded {c['only_first']} times, only the second {c['only_second']} times; "
               f"McNemar's exact p = {c['p_value']:.2g}")
@@ -439,8 +393,7 @@ def report_folder(folder):
                          "or `robot.py rollout` has written")
     policies = list(dict.fromkeys(line["arm"] for line in lines if line["arm"] not in CONTROLS))
     path = folder / "results.json"      # of a complete run: its settings stay
-    old = read_json(path) if path.exists() else {}
-    report(folder, old | {"comparison": None} | summarise(lines, policies if len(policies) == 2 else ()))
+    report(folder, lines, policies if len(policies) == 2 else (), read_json(path) if path.exists() else {})
     print(f"aborted      {sum(bool(line.get('aborted')) for line in lines)} episodes; they count as failures")
 
 
@@ -457,25 +410,28 @@ def paper_table(out, arm, settings):
     """The paper's Table I with our row: this suite, and the other suites of the same checkpoint that were run
     with the same settings into folders beside `out`. A part of a suite is marked as such."""
     cells = []
-    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"):
+    for suite in LIBERO_STEPS:
         path = (out if suite == settings["env"] else out.parent / f"eval_{suite}") / "results.json"
         results = read_json(path) if path.exists() else {}
-        cells.append("not run")     # or not with these settings, or with episodes that --max-steps cut short
-        if results.get("settings") == settings | {"env": suite} and settings["max_steps"] is None:
+        cells.append("not run")     # or by another checkpoint, with other settings, or cut by --max-steps
+        ours = results.get("arms", {}).get(arm.key)
+        if ours and results["settings"] == settings | {"env": suite} and settings["max_steps"] is None:
             done, there = results["tasks"]
-            count, rate, interval = percent(results["arms"][arm.key]["overall"], 1)
+            count, rate, interval = percent(ours["overall"], 1)
             cells[-1] = f"{rate} {interval}, {count}" + f" ({done} of {there} tasks)" * (done < there)
     theirs = [(name, *("–" if x is None else f"{x:g}" for x in rates)) for name, *rates in PAPER]
     return markdown_table([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, (arm.label, *cells)])
 
 
-def draw_figure(paths, path):
-    """Bars of success with Wilson intervals, one per results.json, coloured by policy; the same as a table on
-    the screen. A bar is named after its run folder: RUN/eval_twin/results.json."""
+def draw_figure(args):
+    """--figure: the success rates of several results.json as bars with Wilson intervals and as a table on the
+    screen. A bar is named after its run folder, as in RUN/eval_twin/results.json, and coloured by policy."""
+    path = Path(args.out or ".", "figure.png")
+    check_free(path, path.exists(), args)
     rows, scenes, kinds = [("run", "policy", "success", "rate (%)", "Wilson 95 %", "commit, machine")], [], []
-    figure = Figure(figsize=(6.5, 1 + 0.3 * len(paths)), layout="constrained")
+    figure = Figure(figsize=(6.5, 1 + 0.3 * len(args.figure)), layout="constrained")
     axes = figure.subplots()
-    for y, file in enumerate(map(Path, paths)):
+    for y, file in enumerate(args.figure):
         try:
             results = read_json(file)
             r, kind = results["arms"][results["hash"]]["overall"], results["policy"]
@@ -489,7 +445,7 @@ def draw_figure(paths, path):
         axes.barh(y, 100 * r["rate"], color=f"C{kinds.index(kind)}")
         axes.plot([100 * x for x in r["wilson"]], [y, y], color="black")
     print(markdown_table(rows))
-    axes.set(yticks=range(len(paths)), yticklabels=[row[0] for row in rows[1:]], xlim=(0, 100),
+    axes.set(yticks=range(len(scenes)), yticklabels=[row[0] for row in rows[1:]], xlim=(0, 100),
              xlabel="success (%), 95 % intervals over starts, not over training seeds")
     axes.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -507,75 +463,77 @@ def arguments(argv):
     g.add_argument("--env", choices=ENVIRONMENTS, default="twin")
     g.add_argument("--checkpoint", default="runs/finetune/last.pt", metavar="PATH|noop|random|expert",
                    help="finetuned policy, or a control")
-    g.add_argument("--compare", metavar="PATH", help="second checkpoint (or control) on the same starts")
+    g.add_argument("--compare", metavar="PATH", help="second checkpoint or control, on the same starts")
     g.add_argument("--controls", action=argparse.BooleanOptionalAction, default=True,
                    help="also play the do-nothing and the random policy from the same starts")
     g = p.add_argument_group("starts")
-    g.add_argument("--protocol", choices=("full", "paper"), default="full", help="episodes per task: full 50 "
-                   "on LIBERO (all stored states) and 30 on the twin, paper 10; all else is equal")
+    g.add_argument("--protocol", choices=("full", "paper"), default="full",
+                   help="episodes per task: full 50 on LIBERO and 30 on the twin, paper 10")
     g.add_argument("--tasks", help="comma-separated names, or numbers from 0 (default: the tasks whose "
                    "instruction the policy was trained on)")
     g.add_argument("--episodes", type=int, help="per task (default: the protocol's number)")
     g.add_argument("--first", type=int, default=0, metavar="K", help="number of the first start")
-    g.add_argument("--seed", type=int, default=0, help="of everything else that is random: LIBERO's "
-                   "furniture, the random control, the noise of Diffusion Policy")
-    g.add_argument("--max-steps", type=int, help="per episode (default, and the most: the task's own limit)")
+    g.add_argument("--seed", type=int, default=0, help="of all other random choices: LIBERO's furniture, the "
+                   "random control, the noise of Diffusion Policy")
+    g.add_argument("--max-steps", type=int, help="per episode (default and upper limit: the task's own)")
     g.add_argument("--spread", type=float, help="twin: width of the start regions, 1 = full, 0 = fixed "
                    "(default: as in the training data)")
     g.add_argument("--libero-assets", metavar="FOLDER", help="LIBERO's meshes and textures (default: "
                    "$LIBERO_ASSETS, then the package's own folder, then libero's download)")
     g = p.add_argument_group("chunk execution")
-    g.add_argument("--execute", type=int, metavar="H", help="execute H actions of a chunk, then look again, "
-                   "rendering nothing in between; 0: look at every step and average the live chunks, as in "
-                   "the paper (temporal ensembling) (default: the policy's own, diffusion 8, others 0)")
+    g.add_argument("--execute", type=int, metavar="H", help="actions of a chunk per look; 0: temporal "
+                   "ensembling, as in the paper (default: diffusion 8, others 0)")
     g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
                    "i = 0 for the oldest chunk; release: 0, a plain mean")
     g = p.add_argument_group("run")
-    g.add_argument("--workers", type=int, default=min(cores, 16), help="processes, each with a simulator and "
-                   "a policy of its own; 0: this process alone; no result depends on it")
-    g.add_argument("--device", default="cpu", help="of the policies; a batch of one gains little from a GPU, "
-                   "and some drivers abort when EGL and CUDA share a process (then: MUJOCO_GL=osmesa)")
+    g.add_argument("--workers", type=int, default=min(cores, 16), help="processes with a simulator and a "
+                   "policy each; 0: this process alone; results do not depend on it")
+    g.add_argument("--device", default="cpu", help="of the policies; where a driver aborts because EGL and "
+                   "CUDA share a process, set MUJOCO_GL=osmesa")
     g.add_argument("--video", type=int, default=0, metavar="N", help="film the first N episodes of each task")
     g.add_argument("--out", help="results folder (default: eval_<env> beside the checkpoint)")
     g.add_argument("--resume", action="store_true", help="keep the finished episodes in OUT, play the others")
     g.add_argument("--overwrite", action="store_true", help="delete the results in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; explicit flags still win")
     g = p.add_argument_group("instead of a run")
-    g.add_argument("--figure", nargs="+", metavar="FILE", help="draw these results.json side by side into "
-                   "figure.png in --out, or here")
+    g.add_argument("--figure", nargs="+", type=Path, metavar="FILE", help="draw these results.json side by "
+                   "side into figure.png, in --out or here")
     g.add_argument("--results", type=Path, metavar="FOLDER", help="statistics of the episodes.jsonl in this "
-                   "folder; when it holds two policies, they are compared")
+                   "folder; two policies are compared")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     return p.parse_args(argv)
 
 
 def choose_tasks(args, bench, arm):
-    """--tasks; otherwise the tasks with an instruction that the policy knows; for a control, all of them."""
-    names = list(bench.tasks)
+    """-> names: --tasks, or the tasks whose instruction the policy was trained on (a control: all)."""
+    names, known = list(bench.tasks), arm.data.get("instructions", [])
     if args.tasks:
         tasks = [names[int(task)] if task.isdigit() and int(task) < len(names) else task
                  for task in args.tasks.split(",")]
-        if not set(tasks) <= set(names):
-            raise InputError(f"--tasks takes {', '.join(names)}, or their numbers, 0 to {len(names) - 1}, "
-                             f"comma-separated; got {args.tasks}")
-        return list(dict.fromkeys(tasks))
-    known = arm.data.get("instructions", [])
-    tasks = [name for name in names if not arm.policy or set(bench.tasks[name].wordings) & set(known)]
-    if not tasks:
-        raise InputError(f"{arm.label} was trained on no instruction of this environment (its first: "
-                         f"{known[:1]}): choose --tasks from {', '.join(names)}")
-    return tasks
+    else:
+        tasks = [name for name in names if not arm.policy or set(bench.tasks[name]) & set(known)]
+    if not tasks or not set(tasks) <= set(names):
+        raise InputError(f"--tasks takes {', '.join(names)}, or their numbers from 0, comma-separated; got "
+                         + (args.tasks or f"none, and {arm.label} was trained on other instructions (the "
+                            f"first: {known[:1]})"))
+    return list(dict.fromkeys(tasks))
 
 
-def choose_starts(args, bench):
-    """-> the starts of every task. InputError when the environment does not have them."""
-    episodes = args.episodes or (bench.episodes if args.protocol == "full" else 10)
-    starts = bench.starts[args.first:args.first + episodes]
-    if len(starts) < (args.episodes or 1):
-        raise InputError(f"{args.env} has {len(bench.starts)} starts per task: --first {args.first} and "
-                         f"--episodes {episodes} ask for more")
-    return starts
+def check_policy(arm, args, bench, tasks):
+    """Prints what an arm's policy is and how it acts. InputError if it does not fit the environment."""
+    action, units = bench.action, arm.data["action"]["units"]
+    if set(units) == {"as in the source"}:          # a LeRobotDataset does not record them
+        action = action | {"units": units}
+        print(f"note         the units of {arm.label}'s actions are unknown; they are taken as {args.env}'s")
+    check_fit(arm.label, arm.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
+    execute = make_chunker(args, arm.policy).execute
+    print(f"policy       {arm.label} ({arm.key}, step {arm.checkpoint['step']:,}), cameras "
+          f"{', '.join(arm.policy.cameras)}; chunks of {arm.policy.chunk}, "
+          + (f"{execute} per look" if execute else f"temporal ensembling, decay {args.decay:g}"))
+    for task in tasks:
+        if not set(bench.tasks[task]) & set(arm.data["instructions"]):
+            print(f"note         {arm.label} was not trained on the instruction of {task}")
 
 
 def main(argv=None):
@@ -583,9 +541,7 @@ def main(argv=None):
     if args.results:
         return report_folder(args.results)
     if args.figure:
-        path = Path(args.out or ".", "figure.png")
-        check_free(path, path.exists(), args)
-        return draw_figure(args.figure, path)
+        return draw_figure(args)
     at_least(args, 0, "first", "seed", "workers", "video", "decay", "execute")
     at_least(args, 1, "episodes", "max_steps")
     pick_device(args.device)
@@ -597,29 +553,20 @@ def main(argv=None):
     names += [name for name in ("noop", "random") if args.controls and name not in names]
     arms = {arm.key: arm for arm in map(Arm, names)}
     if len(arms) < len(names):
-        raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}: name another "
-                         "checkpoint")
+        raise InputError(f"--compare is the same as --checkpoint {args.checkpoint}: name another checkpoint")
+    if "expert" in arms and args.env != "twin":
+        raise InputError(f"{args.env} has no scripted expert; only the twin has one (--env twin)")
     arm = next(iter(arms.values()))
     bench = ENVIRONMENTS[args.env](args, arm.data)
     tasks = choose_tasks(args, bench, arm)
-    starts = choose_starts(args, bench)
-    if "expert" in arms and not bench.expert:
-        raise InputError(f"{args.env} has no scripted expert; only the twin has one (--env twin)")
+    episodes = args.episodes or (bench.episodes if args.protocol == "full" else 10)
+    starts = bench.starts[args.first:args.first + episodes]
+    if len(starts) < (args.episodes or 1):
+        raise InputError(f"{args.env} has {len(bench.starts)} starts per task: --first {args.first} and "
+                         f"--episodes {episodes} ask for more")
     for one in arms.values():
         if one.policy:
-            action, units = bench.action, one.data["action"]["units"]
-            if set(units) == {"as in the source"}:      # a LeRobotDataset does not record them
-                action = action | {"units": units}
-                print(f"note         {one.label}: the units of its actions are unknown; they are assumed to "
-                      f"be those of {args.env}")
-            check_fit(one.label, one.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
-            h = make_chunker(args, one.policy).execute
-            print(f"policy       {one.label} ({one.key}, step {one.checkpoint['step']:,}), cameras "
-                  + ", ".join(one.policy.cameras) + f"; chunks of {one.policy.chunk}, "
-                  + (f"{h} per look" if h else f"temporal ensembling, decay {args.decay:g}"))
-            for task in tasks:
-                if not set(bench.tasks[task].wordings) & set(one.data["instructions"]):
-                    print(f"note         {one.label} was not trained on the instruction of {task}")
+            check_policy(one, args, bench, tasks)
     settings = {"env": args.env, **{k: getattr(args, k) for k in (
         "execute", "decay", "max_steps", "seed", "device")}, **bench.about,
         "gl": os.environ.get("MUJOCO_GL"), "torch": str(torch.__version__)}
@@ -629,30 +576,25 @@ def main(argv=None):
     done = open_results(out, args, settings, list(arms))
 
     # ---- episodes ----
-    limits = sorted({min(args.max_steps or 10 ** 9, bench.tasks[task].max_steps) for task in tasks})
     print(f"environment  {args.env}: " + ", ".join(f"{k} {v}" for k, v in bench.about.items())
-          + f", seed {args.seed}, {settings['gl']}\n"
-          f"starts       {len(tasks)} of {len(bench.tasks)} tasks x {len(starts)}, numbers {starts[0]:,} to "
-          f"{starts[-1]:,}, at most {' / '.join(map(str, limits))} steps, {args.workers} workers")
-    jobs = [Job(key, one.label, task, start, film=one is arm and start in starts[:args.video])
-            for task in tasks for key, one in arms.items() for start in starts]     # builds each scene once
-    left = [job for job in jobs if (job.arm, job.task, job.start) not in done]
+          + f", seed {args.seed}, {settings['gl']}\nstarts       {len(tasks)} of {len(bench.tasks)} tasks x "
+          f"{len(starts)}, numbers {starts[0]:,} to {starts[-1]:,}, {args.workers} workers")
+    jobs = [(key, task, start) for task in tasks for key in arms for start in starts]   # one scene at a time
+    left = [job for job in jobs if job not in done]
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", dynamic_ncols=True) as bar:
-        for line in play_all(left, bench, args):
+        for line in play_all(left, bench, args, {key: one.label for key, one in arms.items()}):
             line |= {"settings": settings, "commit": origin["commit"], "machine": origin["machine"]}
             append_line(out / "episodes.jsonl", line)
             done[line["arm"], line["task"], line["start"]] = line
-            bar.set_postfix_str(f"{line['label'][-30:]} {line['task'][:40]} "
-                                f"{'success' if line['success'] else 'failure'}")
+            bar.set_postfix_str(f"{line['task'][:40]} {'success' if line['success'] else 'failure'}")
             bar.update()
 
     # ---- results ----
-    lines = [done[key, task, start] for key in arms for task in tasks for start in starts]
-    report(out, {"checkpoint": args.checkpoint, "hash": arm.key, "step": arm.checkpoint.get("step"),
-                 "policy": arm.policy.config["policy"] if arm.policy else "control",
-                 "protocol": args.protocol, "settings": settings, "tasks": [len(tasks), len(bench.tasks)],
-                 "starts": [starts[0], starts[-1]], "limits": limits, "provenance": origin,
-                 **summarise(lines, list(arms)[:2] if args.compare else ())})
+    report(out, [done[job] for job in jobs], list(arms)[:2] if args.compare else (), {
+        "hash": arm.key, "step": arm.checkpoint.get("step"),
+        "policy": arm.policy.config["policy"] if arm.policy else "control",
+        "settings": settings, "tasks": [len(tasks), len(bench.tasks)], "starts": [starts[0], starts[-1]],
+        "provenance": origin})
     if args.env in LIBERO_STEPS and arm.policy:
         print("\nThe paper's Table I (success in %; theirs: 10 trials per task) and this policy. To compare\n"
               f"them, use LIBERO's own demonstrations and meshes (these: {bench.about['assets']}):\n\n"

@@ -1,9 +1,10 @@
 """How fast evaluate.py plays LIBERO: environment steps per second with 1, 2, ... N workers.
 
     python tests/benchmark_evaluate.py --checkpoint runs/libero/last.pt --workers 2
+    python tests/benchmark_evaluate.py --checkpoint noop      # the simulator alone, which renders nothing
 
-Every step renders the policy's cameras and asks the policy, as temporal ensembling does. The rate includes
-resets; it leaves out the start of the processes and the episodes in which a worker builds a task's scene.
+A policy renders its cameras and acts at every step, as temporal ensembling does. The rate includes resets. It
+leaves out the start of the processes and the episodes in which a worker builds the scene of a task.
 """
 import argparse
 import sys
@@ -20,22 +21,16 @@ def main(argv=None):
     p.add_argument("--checkpoint", required=True)
     p.add_argument("--env", default="libero_object", choices=evaluate.ENVIRONMENTS)
     p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--episodes", type=int, default=8, help="per task")
-    p.add_argument("--steps", type=int, default=100, help="per episode")
-    p.add_argument("--device", default="cpu")
     args = p.parse_args(argv)
     arm, base = evaluate.Arm(args.checkpoint), None
     for workers in range(1, args.workers + 1):
-        settings = evaluate.arguments(["--env", args.env, "--workers", str(workers), "--device", args.device,
-                                       "--max-steps", str(args.steps), "--execute", "0"])
+        settings = evaluate.arguments(f"--max-steps 100 --execute 0 --workers {workers}".split())
         bench = evaluate.ENVIRONMENTS[args.env](settings, arm.data)
-        jobs = [evaluate.Job(arm.key, arm.label, task, start) for task in list(bench.tasks)[:2]
-                for start in bench.starts[:args.episodes]]
-        steps = seconds = 0
-        seen = dict.fromkeys(bench.tasks, 0)
-        for line in evaluate.play_all(jobs, bench, settings):
-            seen[line["task"]] += 1
-            if seen[line["task"]] > workers:
+        jobs = [(arm.key, task, start) for task in list(bench.tasks)[:2] for start in bench.starts[:8]]
+        seen, steps, seconds = [], 0, 0
+        for line in evaluate.play_all(jobs, bench, settings, {arm.key: arm.label}):
+            seen.append(line["task"])
+            if seen.count(line["task"]) > workers:
                 steps, seconds = steps + line["steps"], seconds + line["seconds"]
         rate = workers * steps / seconds            # each worker's own rate, all of them at work
         base = base or rate

@@ -2,6 +2,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -11,16 +14,16 @@ import torch
 import evaluate
 import prepare_data
 import robot
-from models import ActionChunker, InputError, append_line, make_policy, read_lines, save_checkpoint
+from models import ActionChunker, InputError, append_line, make_policy, read_json, read_lines, save_checkpoint
 
-TASKS = {"push": evaluate.Task(("push the cup", "push it"), 20), "pull": evaluate.Task(("pull the cup",), 20),
-         "lift": evaluate.Task(("lift the cup",), 30)}
+TASKS = {"push": ("push the cup", "push it"), "pull": ("pull the cup",), "lift": ("lift the cup",)}
 
 
 class FakeEnv:
-    """A point on a line has to pass a mark that follows from (task, start). The picture shows the point.
+    """A point on a line has to pass a mark that follows from (task, start). The image shows the point.
     $FAKE = "TASK START" kills the process in that episode."""
     resets = []                         # of all instances
+    max_steps = 20
 
     def __init__(self, cameras, image_size):
         self.cameras, self.size = cameras, image_size
@@ -28,7 +31,7 @@ class FakeEnv:
     def reset(self, task, start):
         self.deadly = os.environ.get("FAKE") == f"{task} {start}"
         FakeEnv.resets.append((task, start))
-        self.max_steps, self.steps, self.x = TASKS[task].max_steps, 0, 0.0
+        self.steps, self.x = 0, 0.0
         self.mark = np.random.default_rng([start, list(TASKS).index(task)]).uniform(0, 0.04) + 1e-6
         return self.observe()
 
@@ -46,9 +49,6 @@ class FakeEnv:
         success = self.x > self.mark
         return self.observe() if look else None, success or self.steps >= self.max_steps, success
 
-    def close(self):
-        pass
-
 
 def fake_benchmark(args, trained):
     limit = np.full(7, 0.02)
@@ -58,10 +58,9 @@ def fake_benchmark(args, trained):
 
 
 @pytest.fixture(autouse=True)
-def bench(monkeypatch):
+def fake(monkeypatch):
     FakeEnv.resets = []
     monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake_benchmark)
-    return fake_benchmark(evaluate.arguments([]), {})
 
 
 SMALL = {"baku": dict(width=16, layers=1, heads=2, channels=8, dropout=0.1),
@@ -85,7 +84,7 @@ def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup")
 def run(out, *flags):
     """-> results.json without its provenance, {(arm, task, start): outcome} from episodes.jsonl"""
     evaluate.main(["--env", "fake", "--workers", "0", "--out", str(out), *flags])
-    results = json.loads((out / "results.json").read_text())
+    results = read_json(out / "results.json")
     del results["provenance"]
     return results, {(x["arm"], x["task"], x["start"]): (x["success"], x["steps"], x["actions"])
                      for x in read_lines(out / "episodes.jsonl")}
@@ -94,37 +93,39 @@ def run(out, *flags):
 # ---- processes and resuming ------------------------------------------------------------------------------
 
 
-def test_no_result_depends_on_the_number_of_processes(tmp_path):
-    """To the last bit, since `actions` is a hash of an episode's actions; diffusion draws noise, too."""
+def test_an_episode_depends_neither_on_the_number_of_processes_nor_on_other_episodes(tmp_path):
+    """To the last bit: `actions` is a hash of an episode's actions. Diffusion Policy also draws noise."""
     names = [write_checkpoint(tmp_path / f"{name}.pt", policy=name) for name in SMALL]
     flags = "--checkpoint", names[0], "--compare", names[1], "--episodes", "4"
     whole = run(tmp_path / "0", *flags)
     assert len({actions for _, _, actions in whole[1].values()}) > 20
     assert run(tmp_path / "2", *flags, "--workers", "2") == whole
+    _, part = run(tmp_path / "part", *flags[:4], "--tasks", "2", "--first", "2", "--episodes", "2")
+    assert len(part) == 8 and part.items() <= whole[1].items()
 
 
 def test_a_killed_worker_is_one_line_and_resuming_gives_the_same_result(tmp_path, monkeypatch):
     flags = "--checkpoint", "random", "--no-controls", "--tasks", "push,lift", "--episodes", "3"
     whole = run(tmp_path / "whole", *flags)
     monkeypatch.setenv("FAKE", "lift 1000001")
-    with pytest.raises(InputError, match="lift, start 1000001, was killed.*--workers.*--resume") as error:
+    with pytest.raises(InputError, match="^a worker process was killed.*--workers.*--resume$"):
         run(tmp_path / "out", *flags, "--workers", "1")
     monkeypatch.delenv("FAKE")
     path, FakeEnv.resets = tmp_path / "out" / "episodes.jsonl", []
-    assert len(read_lines(path)) == 4 and "\n" not in str(error.value)
+    assert len(read_lines(path)) == 4
     path.write_bytes(path.read_bytes()[:-20])              # and the last line is torn
     assert run(tmp_path / "out", *flags, "--resume") == whole
     assert FakeEnv.resets == [("lift", 1_000_000), ("lift", 1_000_001), ("lift", 1_000_002)]
 
 
-@pytest.mark.parametrize("name", ["random", "diffusion"])
-def test_an_episode_does_not_depend_on_those_before_it(tmp_path, name):
-    if name in SMALL:
-        name = write_checkpoint(tmp_path / "last.pt", policy=name)
-    flags = "--checkpoint", name, "--no-controls"
-    _, whole = run(tmp_path / "whole", *flags, "--tasks", "push,lift", "--episodes", "4")
-    _, part = run(tmp_path / "part", *flags, "--tasks", "2", "--first", "2", "--episodes", "2")
-    assert len(part) == 2 and part.items() <= whole.items()
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    flags = "--checkpoint", "noop", "--no-controls", "--workers", "1", "--episodes", "99", "--out", tmp_path
+    parent = subprocess.Popen([sys.executable, evaluate.__file__, *flags], stdout=subprocess.PIPE)
+    while not read_lines(tmp_path / "episodes.jsonl"):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.communicate(timeout=20)      # returns when nobody writes to stdout any more; workers inherit it
 
 
 def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
@@ -146,35 +147,35 @@ def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
             run(out, *flags, "--resume")
 
 
-def test_a_checkpoint_that_is_replaced_during_a_run_is_noticed(tmp_path, bench):
+def test_a_checkpoint_that_is_replaced_during_a_run_is_noticed(tmp_path):
     name = write_checkpoint(tmp_path / "last.pt")
-    args = evaluate.arguments(["--workers", "0"])
-    job = evaluate.Job(evaluate.Arm(name).key, name, "push", 1_000_000)
+    args, key = evaluate.arguments(["--workers", "0"]), evaluate.Arm(name).key
     write_checkpoint(tmp_path / "last.pt", seed=1)
     with pytest.raises(InputError, match="was replaced while"):
-        list(evaluate.play_all([job], bench, args))
+        list(evaluate.play_all([(key, "push", 1_000_000)], fake_benchmark(args, {}), args, {key: name}))
 
 
 # ---- the rollout -----------------------------------------------------------------------------------------
 
 
 def test_a_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
-    asked, looks = [], [0]
+    looks, asked = [], []
 
     class Recorder:
-        max_steps, t = 7, 0
+        max_steps = 7
 
         def reset(self, task, start):
-            return {"t": 0}
+            self.t = -1
+            return self.step(None)[0]
 
         def step(self, action, look=True):
             self.t += 1
             looks.extend([self.t] * look)
-            return {"t": self.t} if look else None, False, False
+            return self.t if look else None, False, False
 
-    def policy_fn(obs):                 # action k of the chunk of step t is t + k / 10
-        asked.append(obs["t"])
-        return obs["t"] + np.arange(4)[:, None] / 10 * np.ones(7)
+    def policy_fn(t):                   # action k of the chunk of step t is t + k / 10
+        asked.append(t)
+        return t + np.arange(4)[:, None] / 10 * np.ones(7)
 
     success, actions = evaluate.rollout(Recorder(), policy_fn, ActionChunker(4, execute=3), "push", 1)
     assert asked == looks == [0, 3, 6] and not success           # rendered only where it is looked at
@@ -195,31 +196,29 @@ def test_a_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
 # ---- what is evaluated, on which starts ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env", ["fake", "twin"])
-@pytest.mark.parametrize("what, action", [("units", prepare_data.LIBERO["action"]),
-                                          ("delta", {**robot.ACTION, "delta": [False] * 7})])
-def test_a_policy_for_actions_of_other_units_or_absolute_targets_is_refused(tmp_path, env, what, action):
-    """Width, cameras and rate are those of the environment, but the numbers mean something else."""
-    texts = ["lift the cup", robot.TASKS["stack_cups"].instruction]
-    name = write_checkpoint(tmp_path / "last.pt", instructions=texts, action=action)
-    with pytest.raises(InputError, match=f"^{name}.*{what}.*{env} has") as error:
-        run(tmp_path / "out", "--env", env, "--checkpoint", name)
-    assert "\n" not in str(error.value) and not (tmp_path / "out").exists() and not FakeEnv.resets
+def test_what_cannot_be_evaluated_is_refused_in_one_line_with_a_way_out(tmp_path):
+    def write(name, **data):
+        return write_checkpoint(tmp_path / f"{name}.pt", **data)
 
-
-def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
-    good = write_checkpoint(tmp_path / "good.pt")
-    pretrained = write_checkpoint(tmp_path / "pretrained.pt", stage="pretrain")
-    foreign = write_checkpoint(tmp_path / "foreign.pt", instructions=["open the drawer"])
-    slow = write_checkpoint(tmp_path / "slow.pt", mixture=[{"path": "data/robot", "fps": 20, "stride": 2}])
+    good, pretrained = write("good"), write("pretrained", stage="pretrain")
+    foreign = write("foreign", instructions=["open the drawer"])
+    slow = write("slow", mixture=[{"path": "data/robot", "fps": 20, "stride": 2}])
+    # Width, cameras and rate are those of the environment, but the numbers mean something else.
+    units = write("units", action=prepare_data.LIBERO["action"])
+    absolute = write("absolute", action={**robot.ACTION, "delta": [False] * 7})
     broken = torch.load(good, weights_only=True)
     broken["policy"]["query"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
-    for flags, message in (((pretrained,), "finetune.py --init"), ((foreign,), "--tasks"),
+    twin = "--env", "twin", "--tasks", "stack_cups"
+    for flags, message in (((pretrained,), "finetune.py --init"), ((foreign,), "--tasks takes push, pull"),
                            ((str(tmp_path / "broken.pt"),), "NaN"), ((slow,), "10 Hz.*20 Hz"),
+                           ((units,), f"^{units}.*units.*fake has"),
+                           ((absolute,), f"^{absolute}.*delta.*fake has"),
+                           ((units, *twin), f"^{units}.*units.*twin has"),
+                           ((absolute, *twin), f"^{absolute}.*delta.*twin has"),
                            ((good, "--first", "-1"), "--first must be 0 or more"),
                            ((good, "--first", "48", "--episodes", "3"), "50 starts per task"),
-                           ((good, "--tasks", "fly"), "push, pull, lift"),
+                           ((good, "--tasks", "fly"), "push, pull, lift.*got fly"),
                            ((good, "--execute", "5"), "1 to 4"),
                            (("noop", "--compare", good, "--execute", "5"), "1 to 4"),
                            (("expert",), "no scripted expert"),
@@ -227,14 +226,15 @@ def test_what_cannot_be_evaluated_is_refused_with_a_way_out(tmp_path):
                            ((good, "--max-steps", "0"), "--max-steps must be 1 or more"),
                            ((good, "--compare", good), "another checkpoint"),
                            ((str(tmp_path / "absent.pt"),), "no checkpoint at")):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as error:
             run(tmp_path / "out", "--checkpoint", *flags)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not FakeEnv.resets
 
 
 def test_tasks_words_and_spread_are_those_of_the_checkpoint_unless_flags_say_otherwise(
         tmp_path, capsys, monkeypatch):
-    flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2"
+    flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "1"
     results, _ = run(tmp_path / "a", *flags)
     assert all(list(arm["tasks"]) == ["lift", "push"] for arm in results["arms"].values())
     assert len(results["arms"]) == 3 and results["tasks"] == [2, 3]
@@ -242,13 +242,13 @@ def test_tasks_words_and_spread_are_those_of_the_checkpoint_unless_flags_say_oth
     write_checkpoint(tmp_path / "last.pt", action={**robot.ACTION, "units": unknown})
     results, _ = run(tmp_path / "b", *flags, "--tasks", "1", "--no-controls")
     assert len(results["arms"]) == 1 and list(results["arms"][results["hash"]]["tasks"]) == ["pull"]
-    said = capsys.readouterr().out
-    assert "not trained on the instruction of pull" in said and "units of its actions are unknown" in said
+    shown = capsys.readouterr().out
+    assert "not trained on the instruction of pull" in shown and "actions are unknown" in shown
     texts = []
     monkeypatch.setattr(evaluate, "policy_function", lambda policy, text, rng: texts.append(text) or (
         lambda obs: np.zeros((4, 7))))
-    checkpoint = write_checkpoint(tmp_path / "other.pt", instructions=["push it", "lift"])
-    run(tmp_path / "c", "--checkpoint", checkpoint, "--tasks", "0,2", "--episodes", "1", "--no-controls")
+    write_checkpoint(tmp_path / "last.pt", instructions=["push it", "lift"])
+    run(tmp_path / "c", *flags, "--tasks", "0,2", "--no-controls")
     assert texts == ["push it", "lift the cup"]            # the wording of the data, otherwise the usual one
     spread = [evaluate.twin_benchmark(evaluate.arguments(flag), {"extra": {"spread": 0.5}}).about["spread"]
               for flag in ([], ["--spread", "1"])]
@@ -273,12 +273,13 @@ def test_the_wilson_interval_is_the_closed_form_and_mcnemar_counts_only_pairs_th
     centre, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
     rate = evaluate.success_rate([True] * k + [False] * (n - k))
     assert np.allclose(rate["wilson"], [centre - half, centre + half]) and rate["successes"] == k
-    test = evaluate.mcnemar([True] * 10 + [False] * 2 + [True] * 15 + [False] * 3,
-                            [False] * 10 + [True] * 2 + [True] * 15 + [False] * 3)
-    assert (test["n"], test["only_first"], test["only_second"]) == (30, 10, 2)
+    first = dict(enumerate([True] * 10 + [False] * 2 + [True] * 15 + [False] * 3 + [True]))
+    second = dict(enumerate([False] * 10 + [True] * 2 + [True] * 15 + [False] * 3))
+    test = evaluate.mcnemar(first, second)
+    assert (test["n"], test["unpaired"], test["only_first"], test["only_second"]) == (30, 1, 10, 2)
     assert test["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2 ** 12)        # two-sided sign test, 2 in 12
     assert test["difference"] == pytest.approx(8 / 30)
-    assert evaluate.mcnemar([True] * 5, [True] * 5)["p_value"] == 1
+    assert evaluate.mcnemar(second, second)["p_value"] == 1
 
 
 def test_two_policies_play_the_same_starts_and_results_of_a_folder_are_those_of_the_run(tmp_path, capsys):
@@ -286,30 +287,26 @@ def test_two_policies_play_the_same_starts_and_results_of_a_folder_are_those_of_
     results, episodes = run(tmp_path / "out", "--checkpoint", names[0], "--compare", names[1],
                             "--episodes", "6")
     keys = [evaluate.Arm(name).key for name in names]
-    outcomes = [[episodes[key, task, 1_000_000 + i][0] for task in ("push", "lift") for i in range(6)]
-                for key in keys]
-    test = {"arms": keys, "unpaired": 0, **evaluate.mcnemar(*outcomes)}
+    outcomes = [{x[1:]: success for x, (success, *_) in episodes.items() if x[0] == key} for key in keys]
+    test = {"arms": keys, **evaluate.mcnemar(*outcomes)}
     assert len(results["arms"]) == 4 and results["comparison"] == test and test["n"] == 12
-    capsys.readouterr()
     evaluate.main(["--results", str(tmp_path / "out")])
-    again = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert again["provenance"] and {k: v for k, v in again.items() if k != "provenance"} == results
-    assert f"{names[0]} minus {names[1]}" in capsys.readouterr().out
+    again = read_json(tmp_path / "out" / "results.json")
+    assert again.pop("provenance") and again == results
+    assert capsys.readouterr().out.count(f"{names[0]} minus {names[1]}") == 2
 
 
 def test_results_of_the_arms_episodes_pair_the_starts_that_both_policies_played(tmp_path, capsys):
     """As `robot.py rollout` writes them: no results.json, policies alternate, the last line is torn."""
     path = tmp_path / "episodes.jsonl"
-    for start, arm, success in [(0, "a", 1), (0, "b", 0), (1, "b", 1), (1, "a", 1), (2, "a", 1), (2, "b", 0),
-                                (3, "b", 0)]:
+    for start, arm, success in [(0, "a", True), (0, "b", False), (1, "b", True), (1, "a", True),
+                                (2, "a", True), (2, "b", False), (3, "b", False)]:
         append_line(path, {"arm": arm, "label": f"{arm}.pt", "task": "stack_cups", "start": start,
-                           "success": bool(success), "steps": 100, "seconds": 5.0, "actions": "",
-                           "settings": {}, "commit": "f", "machine": "m",
-                           "aborted": None if success else "keyboard"})
-    with open(path, "a") as f:
-        f.write('{"arm": "a", "la')
+                           "success": success, "aborted": None if success else "keyboard", "commit": "f",
+                           "machine": "m"})
+    path.write_text(path.read_text() + '{"arm": "a", "la')
     evaluate.main(["--results", str(tmp_path)])
-    results, shown = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    results, shown = read_json(tmp_path / "results.json"), capsys.readouterr().out
     assert [results["arms"][arm]["overall"]["successes"] for arm in "ab"] == [3, 1]
     c = results["comparison"]
     assert (c["n"], c["unpaired"], c["only_first"], c["only_second"], c["p_value"]) == (3, 1, 2, 0, 0.5)
@@ -319,27 +316,29 @@ def test_results_of_the_arms_episodes_pair_the_starts_that_both_policies_played(
 
 
 def test_the_papers_table_takes_only_comparable_results_as_ours(tmp_path):
-    """Other suites count when they were run with the same settings; a part of a suite is marked."""
-    arm = evaluate.Arm("noop")
+    """Other suites count when the same checkpoint played them with the same settings; a part of a suite is
+    marked."""
     settings = {"env": "libero_goal", "max_steps": None, "execute": 5}
 
-    def write(folder, done, tasks, **other):
+    def write(folder, done, tasks, key="noop", **other):
         (tmp_path / folder).mkdir(exist_ok=True)
         rate = evaluate.success_rate([True] * done + [False] * (100 - done))
         (tmp_path / folder / "results.json").write_text(json.dumps({
-            "settings": settings | other, "tasks": tasks, "arms": {"noop": {"overall": rate}}}))
+            "settings": settings | other, "tasks": tasks, "arms": {key: {"overall": rate}}}))
+
+    def row(**other):
+        table = evaluate.paper_table(tmp_path / "here", evaluate.Arm("noop"), settings | other)
+        return [cell.strip() for cell in table.splitlines()[-1].split("|")[1:-1]]
 
     write("here", 50, [10, 10])
     write("eval_libero_goal", 99, [10, 10])                                # an older run of the same suite
     write("eval_libero_10", 30, [3, 10], env="libero_10")
     write("eval_libero_object", 70, [10, 10], env="libero_object", execute=1)
-    last = evaluate.paper_table(tmp_path / "here", arm, settings).splitlines()[-1]
-    assert [cell.strip() for cell in last.split("|")[1:-1]] == [
-        "noop", "not run", "not run", "50.0 [40.4, 59.6], 50/100",
-        "30.0 [21.9, 39.6], 30/100 (3 of 10 tasks)", "not run"]
+    write("eval_libero_90", 90, [90, 90], "random", env="libero_90")
+    assert row() == ["noop", "not run", "not run", "50.0 [40.4, 59.6], 50/100",
+                     "30.0 [21.9, 39.6], 30/100 (3 of 10 tasks)", "not run"]
     write("here", 50, [10, 10], max_steps=20)
-    short = settings | {"max_steps": 20}
-    assert evaluate.paper_table(tmp_path / "here", arm, short).splitlines()[-1].count("not run") == 5
+    assert row(max_steps=20) == ["noop", *["not run"] * 5]
 
 
 def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsys):
@@ -353,10 +352,11 @@ def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsy
     assert [row.split("|")[1].strip() for row in rows[2:4]] == ["two", "one"] and "/6" in rows[2]
     assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
     (tmp_path / "list.json").write_text("[]")
-    for out, words, *files in ((".", "--overwrite", *files), ("new", "not a results", tmp_path / "one.pt"),
-                               ("new", "not a results", tmp_path / "list.json")):
+    for file, out, words in ((files[0], tmp_path, "--overwrite"),
+                             (tmp_path / "one.pt", tmp_path / "new", "not a results"),
+                             (tmp_path / "list.json", tmp_path / "new", "not a results")):
         with pytest.raises(InputError, match=words):
-            evaluate.main(["--figure", *map(str, files), "--out", str(tmp_path / out)])
+            evaluate.main(["--figure", str(file), "--out", str(out)])
 
 
 # ---- the twin itself -------------------------------------------------------------------------------------
@@ -365,14 +365,15 @@ def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsy
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
 def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
     name = write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"])
-    flags = "--spread", "0.5", "--max-steps", "12", "--workers", "0", "--out", str(tmp_path)
-    args = evaluate.arguments(flags)
-    job = evaluate.Job(evaluate.Arm(name).key, name, "stack_cups", 1_000_000)
-    others = [job._replace(task="cup_in_bowl", start=7),
-              *[job._replace(arm=control, label=control) for control in evaluate.CONTROLS]]
-    jobs = [job, *others, job._replace(film=True)]
-    first, *_, filmed = evaluate.play_all(jobs, evaluate.twin_benchmark(args, {}), args)
-    for line in (first, filmed):
+    args = evaluate.arguments(f"--spread 0.5 --max-steps 12 --workers 0 --out {tmp_path}".split())
+    key = evaluate.Arm(name).key
+    job, labels = (key, "stack_cups", 1_000_000), {key: name, **{c: c for c in evaluate.CONTROLS}}
+    others = [(key, "cup_in_bowl", 7), *((control, *job[1:]) for control in evaluate.CONTROLS)]
+    bench = evaluate.twin_benchmark(args, {})
+    first, *_, second = evaluate.play_all([job, *others, job], bench, args, labels)
+    args.video = 1
+    filmed, = evaluate.play_all([job], bench, args, labels)
+    for line in (first, second, filmed):
         line.pop("seconds")
-    assert first == filmed and first["steps"] == 12
+    assert first == second == filmed and first["steps"] == 12
     assert (tmp_path / "videos" / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
