@@ -65,8 +65,8 @@ SMOKE = dict(episodes=2, max_steps=20, video=1)
 class Benchmark:
     """An environment, its tasks and their starts. Every worker process gets a pickled copy.
 
-    An environment has reset(task, start) -> obs, step(action, look) -> obs, done, success,
-    render(camera, size) -> (H, W, 3) uint8 RGB, and max_steps.
+    An environment has max_steps, reset(task, start) -> obs, step(action, look) -> obs (None unless look),
+    done, success, and render(camera, size) -> (H, W, 3) uint8 RGB.
     """
     make: Callable          # (cameras=, image_size=) -> environment; with cameras = () it renders nothing
     tasks: dict             # name -> wordings of the instruction, the usual one first
@@ -133,7 +133,7 @@ class LiberoEnv:
         show_state(self.sim, state)
 
     def step(self, action, look=True):
-        """One control step of 1/20 s. -> obs (None unless look, as rendering is slow), done, success"""
+        """One control step of 1/20 s. -> obs (None unless look: rendering is slow), done, success"""
         _, _, success, _ = self.sim.step(np.asarray(action, np.float64))
         self.steps += 1
         return self.observe() if look else None, bool(success) or self.steps >= self.max_steps, bool(success)
@@ -152,7 +152,7 @@ class LiberoEnv:
 
 def stored_states(root, suite, task):
     """LIBERO's initial states of a task -> (50, S)."""
-    # Unpickling can run code. This file belongs to a package whose code runs anyway; load no other file so.
+    # Unpickling can run code. This file comes with a package whose code we run anyway. Load no other file so.
     return np.asarray(torch.load(root / "init_files" / suite / f"{task}.pruned_init", weights_only=False))
 
 
@@ -166,7 +166,7 @@ def libero_benchmark(suite, args, trained):
         language = re.search(r"\(:language ([^)]*)\)", bddl)[1].strip().lower()  # as LIBERO's own parser does
         info = {"problem_info": json.dumps({"language_instruction": language})}
         tasks[name] = libero_instructions(info, f"{name}.hdf5")
-    # Names and sizes of all meshes and textures: distinguishes LIBERO's own from replacements.
+    # The names and sizes of all meshes and textures tell LIBERO's own from replacements.
     sizes = sorted((str(path.relative_to(assets)), path.stat().st_size)
                    for path in assets.rglob("*") if path.is_file())
     return Benchmark(
@@ -188,19 +188,21 @@ CONTROLS = ("noop", "random", "expert")
 
 
 class Arm:
-    """One arm of the comparison. name: path of a finetuned checkpoint, or noop, random, expert."""
+    """One arm of the comparison. name: path of a finetuned checkpoint, or noop, random, expert. key: what
+    names the arm in episodes.jsonl."""
 
     def __init__(self, name, device="cpu"):
         self.key = self.label = name
         self.policy, self.checkpoint = None, {"data": {}}
         if name not in CONTROLS:
             self.policy, self.checkpoint = load_policy(name, device, stage="finetune")
-            self.key = file_hash(name)      # names the arm in episodes.jsonl, and tells two trainings apart
+            self.key = file_hash(name)      # the path does not tell two training runs apart
         self.data = self.checkpoint["data"]
 
 
 def make_chunker(args, policy):
-    """Executes --execute actions per look, by default the policy's own number; 0: temporal ensembling."""
+    """Executes --execute actions per observation, by default the policy's own number. 0: temporal
+    ensembling. A control acts at every step."""
     if not policy:
         return ActionChunker(1, execute=1)
     execute = min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute
@@ -209,7 +211,7 @@ def make_chunker(args, policy):
 
 def control(name, bench, env, start, rng):
     """-> policy_fn(obs) -> (1, 7) of a control."""
-    expert = functools.cache(lambda: Expert(env, start))        # made at the first look: it plans from there
+    expert = functools.cache(lambda: Expert(env, start))        # created after the reset: it plans from there
     return {"noop": lambda obs: bench.still[None], "expert": lambda obs: expert().act()[None],
             "random": lambda obs: rng.uniform(bench.low, bench.high)[None]}[name]
 
@@ -227,8 +229,8 @@ class Player:
         """-> Arm, its environment."""
         arm = Arm(self.labels[key], self.args.device)
         if arm.key != key:
-            raise InputError(f"{arm.label} was replaced while it was being evaluated; finished episodes are "
-                             "kept. Evaluate a copy of the checkpoint, or start again with --overwrite")
+            raise InputError(f"{arm.label} was replaced while it was being evaluated: evaluate a copy of the "
+                             "checkpoint, or start again with --overwrite")
         cameras, size = (arm.policy.cameras, arm.policy.config["image_size"]) if arm.policy else ((), 64)
         return arm, self.bench.make(cameras=tuple(cameras), image_size=size)
 
@@ -237,8 +239,7 @@ class Player:
         began, bench, args = time.perf_counter(), self.bench, self.args
         if key not in self.arms:
             self.arms[key] = self.open(key)
-        arm, env = self.arms[key]
-        wordings = bench.tasks[task]
+        (arm, env), wordings = self.arms[key], bench.tasks[task]
         # All random numbers of an episode follow from these, not from the episodes before it.
         rng = np.random.default_rng([args.seed, start, list(bench.tasks).index(task), 8 if arm.policy else 7])
         if arm.policy:
@@ -278,8 +279,8 @@ def play_in_worker(*job):
 
 
 def play_all(jobs, bench, args, labels):
-    """Plays the jobs (arm, task, start) in --workers processes (0: in this one). Yields the line of each
-    episode when it ends. InputError when a worker is killed."""
+    """Plays the jobs (key of an arm, task, start) in --workers processes (0: in this one). Yields the line of
+    each episode when it ends. InputError when a worker is killed."""
     if not args.workers:
         player = Player(bench, args, labels)
         yield from (player.play(*job) for job in jobs)
@@ -290,8 +291,8 @@ def play_all(jobs, bench, args, labels):
         for future in as_completed([pool.submit(play_in_worker, *job) for job in jobs]):
             yield future.result()
     except BrokenExecutor:
-        raise InputError("a worker process was killed: if memory ran out, use fewer --workers; finished "
-                         "episodes are kept, continue with --resume") from None
+        raise InputError("a worker process was killed: if memory ran out, use fewer --workers. Finished "
+                         "episodes are kept; continue with --resume") from None
     finally:
         for process in multiprocessing.active_children():
             process.terminate()                         # shutdown alone would wait for the running episodes
@@ -303,12 +304,7 @@ def play_all(jobs, bench, args, labels):
 
 def read_episodes(folder):
     """folder/episodes.jsonl -> {(arm, task, start): line}."""
-    try:
-        return {(line["arm"], line["task"], line["start"]): line
-                for line in read_lines(folder / "episodes.jsonl")}
-    except (KeyError, TypeError):
-        raise InputError(f"{folder}/episodes.jsonl has a line that is not an episode: use --overwrite, or "
-                         "another --out") from None
+    return {(x["arm"], x["task"], x["start"]): x for x in read_lines(folder / "episodes.jsonl")}
 
 
 def open_results(out, args, settings, keys):
@@ -322,7 +318,7 @@ def open_results(out, args, settings, keys):
     for (key, task, start), line in done.items():
         check_same(f"{path} ({task}, start {start})", line["settings"], settings)
         if key not in (*keys, *CONTROLS):
-            raise InputError(f"{path} holds episodes of checkpoint {key}, this one is {', '.join(keys)}: "
+            raise InputError(f"{path} has episodes of checkpoint {key}, this run is of {', '.join(keys)}: "
                              "--resume needs the same checkpoints, --overwrite starts again")
     out.mkdir(parents=True, exist_ok=True)
     return done
@@ -342,10 +338,10 @@ def percent(r, digits=0):
 
 
 def mcnemar(first, second):
-    """McNemar's exact test of two arms, {(task, start): success} each, on the starts that both have played.
+    """McNemar's exact test of two arms on the starts that both played. Only pairs that differ count.
 
-    Only pairs with different outcomes count. -> numbers of pairs, of unpaired episodes and of such pairs
-    either way, difference of the success rates, two-sided p
+    first, second: {(task, start): success}. -> dict: pairs, unpaired episodes, pairs that only one arm won,
+    difference of the success rates, two-sided p
     """
     pairs = [(first[start], second[start]) for start in first if start in second]
     n, better, worse = len(pairs), pairs.count((True, False)), pairs.count((False, True))
@@ -355,7 +351,7 @@ def mcnemar(first, second):
 
 
 def report(out, lines, pair, about):
-    """Prints the success rates of episodes and writes them, with `about`, to out/results.json.
+    """Prints the success rates and writes them, with `about`, to out/results.json.
 
     lines: of episodes.jsonl. pair: keys of two arms to compare, or ().
     """
@@ -386,13 +382,13 @@ def report(out, lines, pair, about):
 
 
 def report_folder(folder):
-    """--results: the statistics of a folder's episodes.jsonl, of this script or of `robot.py rollout`."""
+    """--results: statistics of the episodes.jsonl that this script or `robot.py rollout` wrote."""
     lines = list(read_episodes(folder).values())
     if not lines:
-        raise InputError(f"{folder}/episodes.jsonl holds no finished episode: name a folder that evaluate.py "
-                         "or `robot.py rollout` has written")
+        raise InputError(f"{folder}/episodes.jsonl has no finished episode: give a folder that evaluate.py "
+                         "or `robot.py rollout` wrote")
     policies = list(dict.fromkeys(line["arm"] for line in lines if line["arm"] not in CONTROLS))
-    path = folder / "results.json"      # of a complete run: its settings stay
+    path = folder / "results.json"      # if the run was complete, its settings are kept
     report(folder, lines, policies if len(policies) == 2 else (), read_json(path) if path.exists() else {})
     print(f"aborted      {sum(bool(line.get('aborted')) for line in lines)} episodes; they count as failures")
 
@@ -407,13 +403,13 @@ PAPER = (("paper: BAKU from scratch", 94, 100, 96, 92, 91.4),
 
 
 def paper_table(out, arm, settings):
-    """The paper's Table I with our row: this suite, and the other suites of the same checkpoint that were run
-    with the same settings into folders beside `out`. A part of a suite is marked as such."""
+    """The paper's Table I with a row for our policy: this suite, and other suites that the same checkpoint
+    played with the same settings, from the folders beside `out`. Incomplete suites are marked."""
     cells = []
     for suite in LIBERO_STEPS:
         path = (out if suite == settings["env"] else out.parent / f"eval_{suite}") / "results.json"
         results = read_json(path) if path.exists() else {}
-        cells.append("not run")     # or by another checkpoint, with other settings, or cut by --max-steps
+        cells.append("not run")     # or with another checkpoint, other settings, or shortened episodes
         ours = results.get("arms", {}).get(arm.key)
         if ours and results["settings"] == settings | {"env": suite} and settings["max_steps"] is None:
             done, there = results["tasks"]
@@ -424,8 +420,8 @@ def paper_table(out, arm, settings):
 
 
 def draw_figure(args):
-    """--figure: the success rates of several results.json as bars with Wilson intervals and as a table on the
-    screen. A bar is named after its run folder, as in RUN/eval_twin/results.json, and coloured by policy."""
+    """--figure: the success rates in several results.json, as a table on the screen and as bars with Wilson
+    intervals. Labels are run folders (RUN/eval_twin/results.json), colours are kinds of policy."""
     path = Path(args.out or ".", "figure.png")
     check_free(path, path.exists(), args)
     rows, scenes, kinds = [("run", "policy", "success", "rate (%)", "Wilson 95 %", "commit, machine")], [], []
@@ -439,7 +435,7 @@ def draw_figure(args):
         except (InputError, KeyError, TypeError, OSError) as e:
             raise InputError(f"{file} is not a results.json of evaluate.py ({type(e).__name__})") from e
         if scenes[y] != scenes[0]:
-            print(f"note         {file} is of {scenes[y]}, the first file of {scenes[0]}: the starts differ")
+            print(f"note         {file} has other starts ({scenes[y]}) than the first file ({scenes[0]})")
         kinds += [kind] * (kind not in kinds)
         rows.append((file.absolute().parts[-3], kind, *percent(r), "; ".join(results["made_by"])))
         axes.barh(y, 100 * r["rate"], color=f"C{kinds.index(kind)}")
@@ -481,8 +477,8 @@ def arguments(argv):
     g.add_argument("--libero-assets", metavar="FOLDER", help="LIBERO's meshes and textures (default: "
                    "$LIBERO_ASSETS, then the package's own folder, then libero's download)")
     g = p.add_argument_group("chunk execution")
-    g.add_argument("--execute", type=int, metavar="H", help="actions of a chunk per look; 0: temporal "
-                   "ensembling, as in the paper (default: diffusion 8, others 0)")
+    g.add_argument("--execute", type=int, metavar="H", help="actions of a chunk per observation; 0: "
+                   "temporal ensembling, as in the paper (default: diffusion 8, others 0)")
     g.add_argument("--decay", type=float, default=0.01, help="temporal ensembling: weight exp(-decay i), "
                    "i = 0 for the oldest chunk; release: 0, a plain mean")
     g = p.add_argument_group("run")
@@ -521,11 +517,11 @@ def choose_tasks(args, bench, arm):
 
 
 def check_policy(arm, args, bench, tasks):
-    """Prints what an arm's policy is and how it acts. InputError if it does not fit the environment."""
+    """Prints which policy acts and how. InputError if it does not fit the environment."""
     action, units = bench.action, arm.data["action"]["units"]
     if set(units) == {"as in the source"}:          # a LeRobotDataset does not record them
         action = action | {"units": units}
-        print(f"note         the units of {arm.label}'s actions are unknown; they are taken as {args.env}'s")
+        print(f"note         the units of {arm.label}'s actions are unknown; assumed: those of {args.env}")
     check_fit(arm.label, arm.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
     execute = make_chunker(args, arm.policy).execute
     print(f"policy       {arm.label} ({arm.key}, step {arm.checkpoint['step']:,}), cameras "

@@ -104,6 +104,23 @@ def test_an_episode_depends_neither_on_the_number_of_processes_nor_on_other_epis
     assert len(part) == 8 and part.items() <= whole[1].items()
 
 
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
+def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
+    name = write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"])
+    args = evaluate.arguments(f"--spread 0.5 --max-steps 12 --workers 0 --out {tmp_path}".split())
+    key = evaluate.Arm(name).key
+    job, labels = (key, "stack_cups", 1_000_000), {key: name, **{c: c for c in evaluate.CONTROLS}}
+    others = [(key, "cup_in_bowl", 7), *((control, *job[1:]) for control in evaluate.CONTROLS)]
+    bench = evaluate.twin_benchmark(args, {})
+    first, *_, second = evaluate.play_all([job, *others, job], bench, args, labels)
+    args.video = 1
+    filmed, = evaluate.play_all([job], bench, args, labels)
+    for line in (first, second, filmed):
+        line.pop("seconds")
+    assert first == second == filmed and first["steps"] == 12
+    assert (tmp_path / "videos" / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
+
+
 def test_a_killed_worker_is_one_line_and_resuming_gives_the_same_result(tmp_path, monkeypatch):
     flags = "--checkpoint", "random", "--no-controls", "--tasks", "push,lift", "--episodes", "3"
     whole = run(tmp_path / "whole", *flags)
@@ -130,7 +147,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 
 def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
     flags = "--checkpoint", write_checkpoint(tmp_path / "last.pt"), "--episodes", "2", "--no-controls"
-    out = tmp_path / "out"
+    out, key = tmp_path / "out", evaluate.Arm(flags[1]).key
     run(out, *flags)
     for more, message in (((), "--resume.*--overwrite"),
                           (("--resume", "--execute", "2"), "made with execute None, now it is 2"),
@@ -138,24 +155,15 @@ def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
         with pytest.raises(InputError, match=message):
             run(out, *flags, *more)
     write_checkpoint(tmp_path / "last.pt", seed=1)         # trained again under the same name
-    with pytest.raises(InputError, match="holds episodes of checkpoint"):
+    with pytest.raises(InputError, match="has episodes of checkpoint"):
         run(out, *flags, "--resume")
-    assert run(out, *flags, "--overwrite")
-    for line in ("[]", '{"arm": "noop"}', "no JSON"):
-        (out / "episodes.jsonl").write_text(f"{line}\n")
-        with pytest.raises(InputError, match="episodes.jsonl"):
-            run(out, *flags, "--resume")
-
-
-def test_a_checkpoint_that_is_replaced_during_a_run_is_noticed(tmp_path):
-    name = write_checkpoint(tmp_path / "last.pt")
-    args, key = evaluate.arguments(["--workers", "0"]), evaluate.Arm(name).key
-    write_checkpoint(tmp_path / "last.pt", seed=1)
+    args = evaluate.arguments(["--workers", "0"])           # and in the middle of a run
     with pytest.raises(InputError, match="was replaced while"):
-        list(evaluate.play_all([(key, "push", 1_000_000)], fake_benchmark(args, {}), args, {key: name}))
-
-
-# ---- the rollout -----------------------------------------------------------------------------------------
+        list(evaluate.play_all([(key, "push", 1_000_000)], fake_benchmark(args, {}), args, {key: flags[1]}))
+    assert run(out, *flags, "--overwrite")
+    (out / "episodes.jsonl").write_text("no JSON\n")
+    with pytest.raises(InputError, match="episodes.jsonl line 1"):
+        run(out, *flags, "--resume")
 
 
 def test_a_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
@@ -357,23 +365,3 @@ def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsy
                              (tmp_path / "list.json", tmp_path / "new", "not a results")):
         with pytest.raises(InputError, match=words):
             evaluate.main(["--figure", str(file), "--out", str(out)])
-
-
-# ---- the twin itself -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
-def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
-    name = write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"])
-    args = evaluate.arguments(f"--spread 0.5 --max-steps 12 --workers 0 --out {tmp_path}".split())
-    key = evaluate.Arm(name).key
-    job, labels = (key, "stack_cups", 1_000_000), {key: name, **{c: c for c in evaluate.CONTROLS}}
-    others = [(key, "cup_in_bowl", 7), *((control, *job[1:]) for control in evaluate.CONTROLS)]
-    bench = evaluate.twin_benchmark(args, {})
-    first, *_, second = evaluate.play_all([job, *others, job], bench, args, labels)
-    args.video = 1
-    filmed, = evaluate.play_all([job], bench, args, labels)
-    for line in (first, second, filmed):
-        line.pop("seconds")
-    assert first == second == filmed and first["steps"] == 12
-    assert (tmp_path / "videos" / "stack_cups_1000000_failure.mp4").stat().st_size > 1000
