@@ -1,18 +1,18 @@
-"""Data: every source becomes one HDF5 format, which one Dataset reads (the data of both stages, Section IV).
+"""Data: converts every source to one HDF5 format and reads it (the data of both stages, Section IV).
 
     python prepare_data.py sim                                      # the twin: data/robot and data/hand
     python prepare_data.py ssv2 --input /data/ssv2 --fraction 0.1   # Something-Something v2: data/ssv2
     python prepare_data.py bridge --input /data/demos_8_17.zip      # BridgeData V2, the zip or its folder
     python prepare_data.py libero --input /data/libero_object       # LIBERO's *_demo.hdf5
     python prepare_data.py lerobot --input /data/my_robot           # a LeRobotDataset v3 folder
-    python prepare_data.py realman --input data/takes               # what `robot.py record` wrote
+    python prepare_data.py realman --input data/takes               # recordings of `robot.py record`
     python prepare_data.py videos --input my_clips --captions my_clips.csv
     python prepare_data.py ssv2 --input /data/ssv2 --check          # read everything, write nothing
     python prepare_data.py inspect data/robot                       # print numbers, draw a contact sheet
 
-A run may be killed at any moment: the same command with --resume continues it and ends in the same bytes,
-whatever --workers is. An item that cannot be used becomes a line of rejects.jsonl with the reason; if that
-happens to more than 5 % of the items, the exit status is 2. `python tests/benchmark_data.py` measures speed.
+A run may be killed at any time. The same command with --resume continues it and writes the same bytes as an
+uninterrupted run, for any number of --workers. An item that cannot be used becomes a line of rejects.jsonl
+that gives the reason; above 5 % rejects the exit status is 2. tests/benchmark_data.py measures the speed.
 
 Timeline of a window of n actions that starts at frame t, as EpisodeDataset returns it:
 
@@ -23,21 +23,21 @@ Timeline of a window of n actions that starts at frame t, as EpisodeDataset retu
     z_k moves o_k to o_k+1. Past the end the last frame and a hold action repeat, and is_pad (n,) is True.
 
 A dataset is a folder of shards 00000.h5, 00001.h5, ... and dataset.json, which is written last: a folder
-without it is not a dataset. Shard k covers a fixed run of the source's items. With N frames, E episodes:
+without it is unfinished. A shard holds a fixed range of the source's items. With N frames and E episodes:
 
     images/<camera>/jpg      (bytes,) uint8, contiguous   JPEG q95 4:4:4, one frame after the other
     images/<camera>/offset   (N+1,) int64                 frame i is jpg[offset[i]:offset[i+1]]
     episode_start            (E+1,) int64                 episode e is frames start[e]:start[e+1]
-    name, instruction        (E,) str                     JSON list of annotations, the first counts
+    name, instruction        (E,) str                     JSON list of annotations; training uses the first
     fps                      (E,) float32                 frames per second
     actions, proprio         (N, A), (N, P) float32       absent for video; the row of an episode's last frame
                                                           is the hold action (changes zero, targets repeated)
-    rejects                  (R,) str                     JSON: the unusable items of this run and the reasons
+    rejects                  (R,) str                     JSON: rejected items of this range, with reasons
 
-Canonical action: [dx dy dz, rotation x3, gripper], the source's own numbers. Attributes name their units, the
-frame, which numbers are changes per step, and the gripper's sign (Bridge 1 = open, LIBERO +1 = close).
-Adding a dataset takes one generator of (name, job) and one entry in SOURCES; the README has an example. Each
-source stands under its own banner: read only the one that you need.
+Canonical action: [dx dy dz, rotation x3, gripper] in the source's own numbers. Attributes state units, frame,
+which numbers are changes per step, and the sign of the gripper (Bridge 1 = open, LIBERO +1 = close).
+To add a dataset, write one generator of (name, job) and one entry in SOURCES; the README has an example. Each
+source has its own section: read only the one that you need.
 """
 import argparse
 import atexit
@@ -86,28 +86,28 @@ from models import (HelpFormatter, InputError, at_least, check_free, check_same,
                     shrink, write_atomically, write_json)
 from robot import ACTION, CONTROL_HZ, EVAL_SEED0, PROPRIO, TAKE_FORMAT, TASKS, TwinEnv, expert_episode
 
-FORMAT_VERSION = 3        # 3: instructions are words, which the policy embeds
-MAX_REJECTED = 0.05       # share of rejected items above which the exit status is 2
-VIDEO_CAMERA = "front"    # the camera of a video: the robot's first, so that finetuning inherits its weights
+FORMAT_VERSION = 3        # 3: instructions are stored as text; the policy embeds them
+MAX_REJECTED = 0.05       # above this share of rejected items the exit status is 2
+VIDEO_CAMERA = "front"    # named as the robot's first camera, so that finetuning inherits its weights
 SSV2_CLIPS, SSV2_LABELS = "20bn-something-something-v2", "20bn-something-something-download-package-labels"
 OURS = ("dataset.json", "labels/train.json", "rejects.jsonl", "contact_sheet.png", "[0-9]*.h5", "*.tmp",
-        f"{SSV2_CLIPS}/*.webm", "arguments.json")       # what --overwrite removes; marks of completion first
-av.logging.set_level(av.logging.PANIC)                  # damaged files are counted, libav need not print
+        f"{SSV2_CLIPS}/*.webm", "arguments.json")       # --overwrite removes these, in this order
+av.logging.set_level(av.logging.PANIC)                  # damaged files become rejects: no need to print
 
 
 class Reject(Exception):
-    """Raised by a job whose item cannot be used: Reject(reason, detail). No other item takes its place."""
+    """A job raises Reject(reason, detail) when its item cannot be used. No other item takes its place."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 def walk(root):
-    """os.walk that follows links, visits no folder twice, and skips our own datasets. InputError for a folder
-    that it may not list."""
-    def refused(error):
+    """os.walk that follows links but visits each folder once, and skips datasets that this script made.
+    InputError for a folder that cannot be listed."""
+    def fail(error):
         raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable or move it")
     seen = set()
-    for folder, below, names in os.walk(root, onerror=refused, followlinks=True):
+    for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen or (folder != root and os.path.exists(os.path.join(place, "arguments.json"))):
             below.clear()
@@ -118,27 +118,27 @@ def walk(root):
 
 
 def find_files(root, *endings):
-    """Files below a folder whose names end so -> their paths relative to it, file 9 before file 10."""
+    """-> paths of the files below root with these endings, relative to root, in natural order."""
     return sorted((os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
                    for folder, _, names in walk(root) for name in names if name.lower().endswith(endings)),
                   key=natural)
 
 
 def natural(text):
-    """Sort key by which clip 9 comes before clip 10."""
+    """Sort key that puts clip 9 before clip 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def drawn(name, args):
-    """Whether an item is in the random share --fraction. Only its name and --seed decide: a larger share
-    holds the smaller one, and a missing file does not move any other.
+    """Whether --fraction includes this item. The choice depends on its name and --seed alone, so a larger
+    fraction contains a smaller one, and a missing file does not change the choice of the others.
     UPSTREAM: the release takes the first 10,000 files in lexicographic order."""
     digest = hashlib.sha256(f"{args.seed}/{name}".encode("utf-8", "backslashreplace")).hexdigest()
     return int(digest[:12], 16) < args.fraction * 16 ** 12
 
 
 def check_output(folder, args):
-    """InputError when the output folder holds foreign files, or ours without --resume or --overwrite."""
+    """InputError when the folder holds foreign files, or ours without --resume or --overwrite."""
     held = sorted(os.listdir(folder)) if os.path.exists(folder) else []
     held = [name for name in held if not name.endswith(".tmp")]
     if held and "arguments.json" not in held:
@@ -147,14 +147,14 @@ def check_output(folder, args):
 
 
 def claim_output(folder, arguments, done, args):
-    """Reserve the output folder. -> True when nothing is left to do: `done`, the file written last, exists.
+    """Prepare the output folder. -> True when it is complete, that is, when `done`, written last, exists.
 
-    arguments.json is written first, so that --resume notices when it would continue something else.
+    arguments.json is written first. InputError when --resume would continue a run with other arguments.
     """
     check_output(folder, args)
     if args.overwrite:
-        for path in [path for ours in OURS for path in glob.glob(os.path.join(glob.escape(folder), ours))]:
-            os.unlink(path)
+        for path in [path for ours in OURS for path in glob.glob(ours, root_dir=folder)]:
+            os.unlink(os.path.join(folder, path))
     made_by = os.path.join(folder, "arguments.json")
     if os.path.exists(made_by):
         check_same(folder, read_json(made_by), arguments)
@@ -169,20 +169,20 @@ def claim_output(folder, arguments, done, args):
 # ---- frames ------------------------------------------------------------------------------------------------
 
 def encode_frame(bgr):
-    """(H, W, 3) uint8 BGR -> JPEG bytes. 4:4:4: halving the colour planes of a small picture costs 2.6 dB."""
+    """(H, W, 3) uint8 BGR -> JPEG bytes. 4:4:4, because subsampled chroma costs small images 2.6 dB."""
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
                                       cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444])[1].tobytes()
 
 
 def decode_image(data, size):
-    """Bytes of a JPEG or PNG -> (H, W, 3) uint8 BGR, in full or half size, at least `size` pixels.
+    """JPEG or PNG bytes -> (H, W, 3) uint8 BGR: in half size if that leaves `size` pixels, else in full size.
 
-    Half the size takes half the time (a smaller inverse DCT; mean error 0.5 of 255). OpenCV silently fills
-    what is missing with grey, so a file without its end marker or with a hole is rejected here.
+    Decoding at half size takes half the time (mean error 0.5 of 255). OpenCV fills missing parts with grey
+    without an error, so an image without its end marker or with a run of zero bytes is rejected here.
     """
     jpeg = data[:2] == b"\xff\xd8"
     whole = (b"\xff\xd9" if jpeg else b"IEND") in data[-64:]
-    hole = jpeg and bytes(512) in data[data.rfind(b"\xff\xda"):]         # zeros in the compressed part
+    hole = jpeg and bytes(512) in data[data.rfind(b"\xff\xda"):]         # after the start-of-scan marker
     array = np.frombuffer(data, np.uint8)
     image = cv2.imdecode(array, cv2.IMREAD_REDUCED_COLOR_2) if whole and not hole else None
     if image is not None and min(image.shape[:2]) < size:
@@ -193,10 +193,10 @@ def decode_image(data, size):
 
 
 def to_jpegs(frames, args):
-    """(H, W, 3) uint8 BGR frames -> JPEGs of args.image_size pixels. Reject a camera that shows nothing.
+    """(H, W, 3) uint8 BGR frames -> JPEGs of args.image_size pixels. Reject when the camera shows nothing.
 
-    Every fourth frame is tested: a single colour means a lens cap, a dead camera, or the dummy that some
-    releases store for a missing camera. A fade from black is shorter than the tenth that is allowed.
+    A single colour means a lens cap, a dead camera, or the placeholder that some releases store for a missing
+    camera. Every fourth frame is tested. A tenth may be blank, which allows a fade from black.
     """
     jpegs, blank = [], 0
     for frame in frames:
@@ -209,8 +209,8 @@ def to_jpegs(frames, args):
 
 
 def check_length(count, args):
-    """Reject an episode of fewer than --min-frames frames, or of less than one step."""
-    if count < max(2, args.min_frames):
+    """Reject an episode of fewer than --min-frames frames."""
+    if count < args.min_frames:
         raise Reject("too short", f"{count} frames, --min-frames {args.min_frames}")
 
 
@@ -1314,43 +1314,42 @@ SOURCES = {
 
 # ---- the convert loop, one for all sources -----------------------------------------------------------------
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)     # no item is to blame
+OUT_OF_RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+FREE = ("out", "workers", "resume", "overwrite", "check", "libero_assets")   # flags that --resume may change
 
 
 def one_line(error):
-    """An exception in at most 200 characters."""
+    """-> type and message of an exception, at most 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def run_job(job):
-    """-> the episode that a job returns, or a Reject: one odd file among 200,000 does not end the run.
+    """-> the episode that a job returns, or a Reject.
 
-    This is the one place in which a job's exception becomes a Reject. A wrong command (InputError) and a
-    machine that is out of space or memory still end the run.
+    Any exception of a job becomes a Reject, here and nowhere else: one odd file among 200,000 must not end
+    the run. A wrong command (InputError) and a machine without space or memory do end it.
     """
-    cv2.setNumThreads(1)                      # the processes are the parallelism
+    cv2.setNumThreads(1)                      # parallelism comes from the processes
     torch.set_num_threads(1)
     try:
         return job()
-    except (InputError, MemoryError):
-        raise
     except Reject as reject:
         return reject
     except Exception as error:
-        if getattr(error, "errno", None) in FULL:
+        if isinstance(error, (InputError, MemoryError)) or getattr(error, "errno", None) in OUT_OF_RESOURCES:
             raise
         return Reject("damaged video" if isinstance(error, av.FFmpegError) else "unreadable", one_line(error))
 
 
 def start_worker():
-    """In each worker: Ctrl-C is left to the parent, and a worker whose parent was killed ends as well."""
+    """Set up a worker process: the parent handles Ctrl-C, and the worker exits when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_jobs(jobs, workers):
-    """Yield the results of a list of jobs in order. Few jobs run ahead, so memory stays constant."""
+    """Yield the results of a list of jobs in order. Only a few jobs run ahead, which bounds the memory."""
     workers = min(workers, len(jobs))
     if workers <= 1:
         yield from map(run_job, jobs)
@@ -1371,57 +1370,61 @@ def run_jobs(jobs, workers):
 
 
 def convert(args):
-    """Write one dataset from one source; --check only reads it. -> share of rejects. InputError, OSError."""
-    source, check = SOURCES[args.source], getattr(args, "check", False)
+    """Convert one source to one dataset, or --check it. -> share of rejected items. InputError, OSError."""
+    source = SOURCES[args.source]
     items = [(name.encode("utf-8", "backslashreplace").decode(), job) for name, job in source.episodes(args)]
     if not items:
         raise InputError(f"{args.source}: nothing to convert with these arguments (is --fraction too small?)")
     about = source.about(args) if callable(source.about) else source.about
-    names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
-    arguments = {**vars(args), "format_version": FORMAT_VERSION, "items": names}
-    for key in ("out", "workers", "resume", "overwrite", "check", "libero_assets"):
-        arguments.pop(key, None)                                 # these may differ when a run is continued
-    if not check and claim_output(args.out, arguments, "dataset.json", args):
-        return 0.0
-    stated = {key: arguments.pop(key) for key in ("format_version", "source", "image_size", "resize")}
-    extra = {key: value for key, value in arguments.items() if key not in ("input", "captions", "items")}
-    about = {**stated, "flip": "none", **about, "extra": extra,
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    stated = {key: settings[key] for key in ("source", "image_size", "resize")}
+    about = {"format_version": FORMAT_VERSION, **stated, "flip": "none", **about,
+             "extra": {key: settings[key] for key in settings if key not in {*stated, "input", "captions"}},
              "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]"}
-    size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))
+    names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
+    arguments = {**settings, "format_version": FORMAT_VERSION, "items": names}
+    if not args.check and claim_output(args.out, arguments, "dataset.json", args):
+        return 0.0
+
+    size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))    # items per shard
     shards = {os.path.join(args.out, f"{i // size:05d}.h5"): items[i:i + size]
               for i in range(0, len(items), size)}
-    todo = {path: part for path, part in shards.items() if check or not os.path.exists(path)}
-    jobs, reasons = [job for part in todo.values() for _, job in part], []
-    done = len(items) - len(jobs)
-    results = iter(tqdm(run_jobs(jobs, args.workers), args.out, len(items), initial=done, unit="episode"))
-    for path, part in todo.items():
-        episodes, rejects = [], []
-        for name, _ in part:
-            result = check_episode(next(results), about)
-            if not isinstance(result, Reject):
-                episodes.append({"name": name, **result} if not check else name)
-                continue
-            reason, detail = (*result.args, "")[:2]
-            rejects.append({"name": name, "reason": reason, "detail": detail})
-            if check:
-                tqdm.write(f"{name}: {reason} ({detail})")
-        if not check:
-            write_shard(path, about, episodes, rejects)
-        reasons += [reject["reason"] for reject in rejects]
-    if check:
+    todo = {path: part for path, part in shards.items() if args.check or not os.path.exists(path)}
+    outcomes = read_items([item for part in todo.values() for item in part], about, args, len(items))
+    if args.check:
+        reasons = []
+        for outcome in outcomes:
+            if "reason" in outcome:
+                tqdm.write("{name}: {reason} ({detail})".format_map(outcome))
+                reasons.append(outcome["reason"])
         return report(args.input, f"{len(items) - len(reasons)} good episodes", len(items), reasons)
+    for path, part in todo.items():
+        batch = list(itertools.islice(outcomes, len(part)))
+        write_shard(path, about, [x for x in batch if "images" in x], [x for x in batch if "reason" in x])
+        del batch                             # else memory would hold two shards
     return finish(args.out, about, list(shards), len(items))
 
 
+def read_items(items, about, args, total):
+    """Run the jobs of [(name, job)]. Yield {"name", **episode} or {"name", "reason", "detail"}, in order."""
+    results = run_jobs([job for _, job in items], args.workers)
+    for name, _ in tqdm(items, args.out, total, initial=total - len(items), unit="episode"):
+        result = check_episode(next(results), about)
+        if isinstance(result, Reject):
+            reason, detail = (*result.args, "")[:2]
+            result = {"reason": reason, "detail": detail}
+        yield {"name": name, **result}
+
+
 def check_episode(episode, about):
-    """The contract of a job. -> the episode with float32 arrays, or a Reject."""
+    """-> the episode with float32 arrays, or a Reject. An assertion fails when a job breaks its contract."""
     if isinstance(episode, Reject):
         return episode
     lengths = {camera: len(jpegs) for camera, jpegs in episode["images"].items()}
-    T = max(lengths.values())
+    T, least = max(lengths.values()), about["extra"].get("min_frames", 2)
     assert lengths == dict.fromkeys(about["cameras"], T), f"{lengths} frames, but cameras {about['cameras']}"
-    if T < 2:
-        return Reject("too short", f"{T} frames")
+    if T < least:
+        return Reject("too short", f"{T} frames, --min-frames {least}")
     for key, attribute, rows in (("actions", "action", T - 1), ("proprio", "proprio", T)):
         assert (key in episode) == bool(about[attribute]), f"{key}, but {attribute}: {about[attribute]}"
         if key in episode:
@@ -1436,21 +1439,16 @@ def check_episode(episode, about):
 
 
 def write_shard(path, about, episodes, rejects):
-    """One shard, assembled in memory and written in one go: a full disk is then a plain OSError. The images
-    are removed from the episodes on the way: there is never a second copy of them."""
+    """Write one shard. It is assembled in memory and written at once: a full disk is then a plain OSError."""
     buffer = io.BytesIO()
     lengths = [len(episode["images"][about["cameras"][0]]) for episode in episodes]
     with h5py.File(buffer, "w") as f:
         for key, value in about.items():
             f.attrs[key] = value if isinstance(value, (str, int)) else json.dumps(value, sort_keys=True)
         for camera in about["cameras"]:
-            sizes = [len(jpeg) for episode in episodes for jpeg in episode["images"][camera]]
-            offset = np.cumsum([0] + sizes, dtype=np.int64)
-            jpg = f.create_dataset(f"images/{camera}/jpg", (offset[-1],), np.uint8)
-            for episode, first, end in zip(episodes, np.cumsum([0] + lengths), np.cumsum(lengths)):
-                data = b"".join(episode["images"].pop(camera))
-                jpg[offset[first]:offset[end]] = np.frombuffer(data, np.uint8)
-            f[f"images/{camera}/offset"] = offset
+            jpegs = [jpeg for episode in episodes for jpeg in episode["images"][camera]]
+            f[f"images/{camera}/jpg"] = np.frombuffer(b"".join(jpegs), np.uint8)
+            f[f"images/{camera}/offset"] = np.cumsum([0] + [len(jpeg) for jpeg in jpegs], dtype=np.int64)
         f["episode_start"] = np.cumsum([0] + lengths, dtype=np.int64)
         f["fps"] = np.array([episode["fps"] for episode in episodes], np.float32)
         for key, values in (("name", [episode["name"] for episode in episodes]),
@@ -1458,7 +1456,7 @@ def write_shard(path, about, episodes, rejects):
                             ("rejects", [json.dumps(reject) for reject in rejects])):
             f.create_dataset(key, (len(values),), h5py.string_dtype(), data=values)
         if about["action"] and episodes:
-            hold = 1 - np.array(about["action"]["delta"], np.float32)    # changes are 0, targets are repeated
+            hold = 1 - np.array(about["action"]["delta"], np.float32)    # zero for changes, repeats targets
             f["actions"] = np.concatenate([np.vstack([e["actions"], hold * e["actions"][-1]])
                                            for e in episodes])
         if about["proprio"] and episodes:
@@ -1467,30 +1465,28 @@ def write_shard(path, about, episodes, rejects):
 
 
 def finish(folder, about, paths, num_items):
-    """Sum up the shards, write rejects.jsonl and, last, dataset.json. -> share of rejects. InputError."""
+    """Read the shards again, write rejects.jsonl and then dataset.json. -> share of rejects. InputError."""
     shards, rejects, fps, instructions = [], [], [], set()
-    numbers = {"actions": [], "proprio": []}
+    tables = {"actions": [], "proprio": []}
     for path in paths:
         with open_shard(path, "delete it, then --resume makes it again") as f:
             start = f["episode_start"][:]
             rejects += [json.loads(text) for text in f["rejects"].asstr()[:]]
             instructions |= {json.loads(text)[0] for text in f["instruction"].asstr()[:]}
             fps += f["fps"][:].tolist()
-            if "actions" in f:                                   # without the hold rows
-                numbers["actions"].append(np.delete(f["actions"][:], start[1:] - 1, axis=0))
-            if "proprio" in f:
-                numbers["proprio"].append(f["proprio"][:])
+            for key, hold_rows in (("actions", start[1:] - 1), ("proprio", [])):
+                if key in f:
+                    tables[key].append(np.delete(f[key][:], hold_rows, axis=0))
         shards.append({"file": os.path.basename(path), "episodes": len(start) - 1, "frames": int(start[-1]),
                        "sha256": file_hash(path)})
     write_atomically(os.path.join(folder, "rejects.jsonl"),
                      "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
     if not fps:
-        first = rejects[0]
-        raise InputError(f"{folder}: none of the {num_items} items can be used ({first['name']}: "
-                         f"{first['reason']} {first['detail']}, ...), see rejects.jsonl there")
+        raise InputError(f"{folder}: none of the {num_items} items can be used, see rejects.jsonl there: "
+                         "{name}: {reason} {detail}, ...".format_map(rejects[0]))
     statistics = {}
-    for key in (key for key in numbers if numbers[key]):
-        rows = np.concatenate(numbers[key]).astype(np.float64)   # (N, D)
+    for key in (key for key in tables if tables[key]):
+        rows = np.concatenate(tables[key]).astype(np.float64)    # (N, D)
         columns = {"min": rows.min(0), "max": rows.max(0), "mean": rows.mean(0), "std": rows.std(0),
                    "q01": np.quantile(rows, 0.01, axis=0), "q99": np.quantile(rows, 0.99, axis=0)}
         statistics[key] = {name: column.tolist() for name, column in columns.items()}
@@ -1503,7 +1499,7 @@ def finish(folder, about, paths, num_items):
 
 
 def report(folder, what, num_items, reasons):
-    """Print what was written, and the rejects by reason. -> share of rejected items."""
+    """Print what was written and count the rejects by reason. -> share of rejects."""
     print(f"{folder}: {what}; {len(reasons)} of {num_items} rejected")
     for reason, count in collections.Counter(reasons).most_common():
         print(f"{count:>10}  {reason}")
@@ -1516,11 +1512,8 @@ def read_manifest(path):
     """dataset.json -> attributes, shards, fingerprint (a hash that pins every shard). InputError."""
     manifest = os.path.join(path, "dataset.json")
     if not os.path.exists(manifest):
-        if os.path.exists(os.path.join(path, "arguments.json")):
-            raise InputError(f"{path} is half made (no dataset.json): finish it with --resume and the "
-                             "command that began it, see arguments.json there")
-        raise InputError(f"{path} is not a dataset (no dataset.json): python prepare_data.py sim makes "
-                         "data/robot and data/hand")
+        raise InputError(f"{path} is not a dataset, or half made (no dataset.json): `python prepare_data.py "
+                         "sim` makes data/robot and data/hand; --resume finishes an interrupted conversion")
     attrs = read_json(manifest)
     version = attrs.get("format_version") if isinstance(attrs, dict) else None
     if version != FORMAT_VERSION:
@@ -1530,35 +1523,34 @@ def read_manifest(path):
 
 
 def open_shard(path, mend="copy or make the dataset again"):
-    """-> open h5py.File. InputError when the file cannot be read."""
+    """-> open h5py.File. InputError when the file is missing or damaged."""
     try:
         return h5py.File(path, "r")
-    except OSError as e:
-        raise InputError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): {mend}") from e
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({one_line(error)}): {mend}") from error
 
 
 class EpisodeDataset(torch.utils.data.Dataset):
-    """Windows of a prepared dataset: one for every frame t of an episode that has a frame t+stride.
+    """Windows of a prepared dataset: one for every frame t of an episode that also has a frame t+stride.
 
     path            folder made by prepare_data.py
-    chunk           n, actions per window; what reaches past the episode is padded, see the timeline above
-    cameras         names, or a number: the first so many; None = all
+    chunk           n, actions per window; steps beyond the end are padded, see the timeline above
+    cameras         names, or a number k: the first k; None = all
     future          V: also return o_t .. o_t+n of the first V cameras, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
-                    instruction every tenth is val. Each task gets its share
+                    instruction every tenth is val, so that each task gets its share
     demos_per_task  keep the first N episodes of the split for each instruction
-    stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of their
+    stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of its
                     changes (rotation vectors add up to first order) and the last of the other numbers
-    labels          which of "actions" and "proprio" are returned, if stored
+    labels          which of "actions" and "proprio" to return, if stored
 
     Item: {"obs": {"images": {camera: (3, H, W) uint8}, "instruction": str, "proprio": (P,) f4 if stored},
            "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
            "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
 
-    Everything in a shard is contiguous, so a window is read with plain seeks to places noted once: no HDF5
-    call, no open handle per shard. Memory: 16 bytes per frame and camera.
+    All arrays of a shard are contiguous. Their positions are noted once (16 bytes of memory per frame and
+    camera), and a window is read with plain file reads: no open handle, so any process may use the object.
     """
-    MAX_OPEN = 128       # open shards per process: systems allow 1024 files, Something-Something makes 1726
 
     def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, stride=1,
                  labels=("actions", "proprio")):
@@ -1570,39 +1562,31 @@ class EpisodeDataset(torch.utils.data.Dataset):
             len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
         known = list(self.attrs["cameras"])
         self.cameras = known[:cameras] if cameras is None or isinstance(cameras, int) else list(cameras)
-        for camera in self.cameras:
-            if camera not in known:
-                raise InputError(f"{path} has no camera {camera!r}, but {', '.join(known)}")
-        if future > len(self.cameras):
-            raise InputError(f"{path} has {len(self.cameras)} of the {future} cameras asked for")
+        if not set(self.cameras) <= set(known) or future > len(self.cameras):
+            raise InputError(f"{path} has the cameras {', '.join(known)}; asked for: {cameras}")
         if stride < 1:
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
-        self._read_index([shard["file"] for shard in shards])
+        self._paths = [os.path.join(self.path, shard["file"]) for shard in shards]
+        self._read_index()
         self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
             raise InputError(f"a chunk of {chunk} actions does not fit: the longest episode of {path} "
-                             f"({split}) has {longest}" + f" at stride {stride}, lower --strides or"
-                             * (stride > 1) + f", take 1 to {max(1, longest)}")
+                             f"({split}) has {longest} at stride {stride}; lower --chunk or --strides")
         self._ends = np.cumsum(np.maximum(self.lengths[self.episodes] - stride, 0))    # end of its windows
-        self._files, self._pid = collections.OrderedDict(), None
 
-    def _read_index(self, names):
-        """Note where all data lie in the files, and each episode's instruction."""
-        self._paths = [os.path.join(self.path, name) for name in names]
+    def _read_index(self):
+        """Note where everything lies in the files, and the instruction of each episode."""
         rows, texts, self._where = [], [], []                    # rows: (shard, first frame, frames)
         for k, path in enumerate(self._paths):
-            if not os.path.exists(path):
-                raise InputError(f"{path} is missing: the dataset was copied in part, copy it again")
             with open_shard(path) as f:
                 start = f["episode_start"][:].tolist()
                 texts += [json.loads(text)[0] for text in f["instruction"].asstr()[:]]
-                where = {key: (f[key].id.get_offset(), f[key].dtype, f[key].shape[1])
-                         for key in self.labels if key in f}
-                for camera in self.cameras:                      # places of its frames in the file
+                where = {key: f[key].id.get_offset() for key in self.labels if key in f}
+                for camera in self.cameras:                      # (N+1,): position of each frame in the file
                     jpg, offset = f[f"images/{camera}/jpg"].id.get_offset(), f[f"images/{camera}/offset"][:]
-                    where[camera] = offset + (jpg or 0)          # None: a shard of nothing but rejects
+                    where[camera] = offset + (jpg or 0)          # None: every item of this shard was rejected
                 self._where.append(where)
             rows += [(k, first, end - first) for first, end in zip(start, start[1:])]
         self._place, self.lengths = np.array(rows)[:, :2], np.array(rows)[:, 2]
@@ -1610,15 +1594,13 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
 
     def _choose(self, split, demos_per_task):
-        """Episodes of a split, as sorted indices."""
-        total = len(self.lengths)
-        if split not in ("all", "train", "val") or (split != "all" and total < 2):
-            raise InputError(f"cannot take split {split!r} of {total} episodes of {self.path}: expected all, "
-                             "or train or val of two episodes or more")
+        """-> sorted indices of the episodes of a split."""
         by_instruction = np.argsort(self.instruction_ids, kind="stable")
-        is_val = np.zeros(total, bool)
-        is_val[by_instruction[min(10, total) - 1::10]] = True    # of fewer than ten, the last
+        is_val = np.zeros(len(self.lengths), bool)
+        is_val[by_instruction[min(10, len(is_val)) - 1::10]] = True      # of fewer than ten, the last
         chosen = np.flatnonzero({"all": is_val | True, "train": ~is_val, "val": is_val}[split])
+        if not len(chosen):
+            raise InputError(f"{self.path} has one episode only: it cannot be split into train and val")
         if demos_per_task is None:
             return chosen
         per_task = [chosen[self.instruction_ids[chosen] == i] for i in range(len(self.instructions))]
@@ -1628,70 +1610,55 @@ class EpisodeDataset(torch.utils.data.Dataset):
                                  f"({split}) has {len(mine)} of {text!r}: ask for fewer, or prepare more")
         return np.sort(np.concatenate([mine[:demos_per_task] for mine in per_task]))
 
-    def _read(self, shard, place, count):
-        """`count` bytes of a shard. Files open on first use in each process, at most MAX_OPEN."""
-        if self._pid != os.getpid():                             # a fork must not seek in its parent's files
-            self._files, self._pid = collections.OrderedDict(), os.getpid()
-        if shard not in self._files:
-            if len(self._files) == self.MAX_OPEN:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = open(self._paths[shard], "rb", buffering=0)
-        self._files.move_to_end(shard)
-        self._files[shard].seek(place)
-        data = self._files[shard].read(count)
+    def _read(self, shard, place, count, dtype=np.uint8):
+        """-> (count,) numbers that begin at byte `place` of a shard."""
+        data = np.fromfile(self._paths[shard], dtype, count, offset=place)
         if len(data) < count:
             raise InputError(f"{self._paths[shard]} ends too early: copy or make the dataset again")
         return data
 
-    def _rows(self, shard, key, first, count):
-        """Rows of actions or proprio -> (count, D) float32."""
-        place, dtype, width = self._where[shard][key]
-        data = self._read(shard, place + first * width * dtype.itemsize, count * width * dtype.itemsize)
-        return np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_files": collections.OrderedDict(), "_pid": None}    # not open files
+    def _rows(self, episode, key, first, count):
+        """Rows first, first+1, ... of an episode's actions or proprio -> (count, D) float32."""
+        (shard, start), width = self._place[episode], len(self.stats[key]["min"])
+        place = self._where[shard][key] + 4 * width * (start + first)
+        return self._read(shard, place, count * width, np.float32).reshape(count, width)
 
     def limits(self, key):
-        """{"min", "max"} of "actions" or "proprio" over the episodes of this split alone: a policy's
+        """-> {"min", "max"} of "actions" or "proprio" over the episodes of this split alone: a policy's
         normaliser must not see other episodes. attrs["statistics"] are those of the whole dataset."""
         rows = []
-        for episode in self.episodes:
-            shard, start = self._place[episode]
-            count = self.lengths[episode] - (key == "actions")           # not the hold action
-            table = self._rows(shard, key, start, count)
-            if key == "actions" and self.stride > 1:
-                if len(table) < self.stride:
-                    continue                                             # it has no window
-                table = self._merge(np.lib.stride_tricks.sliding_window_view(
-                    table, self.stride, axis=0).swapaxes(1, 2))
-            rows.append(table)
+        for episode in self.episodes[self.lengths[self.episodes] > self.stride]:       # those with a window
+            steps = self._rows(episode, key, 0, self.lengths[episode] - (key == "actions"))   # not the hold
+            if key == "actions":
+                windows = np.lib.stride_tricks.sliding_window_view(steps, self.stride, axis=0)  # (N, A, s)
+                steps = self._merge(windows.swapaxes(1, 2))
+            rows.append(steps)
         rows = np.concatenate(rows)
         return {"min": rows.min(0), "max": rows.max(0)}
 
     def _merge(self, actions):
-        """(..., s, A) actions of s steps -> (..., A): changes add up, of other numbers the last counts."""
+        """(..., s, A) actions of s steps -> (..., A): the sum of changes, the last of the other numbers."""
         return np.where(self.attrs["action"]["delta"], actions.sum(-2), actions[..., -1, :])
 
     def spaced(self, most):
-        """At most `most` windows, evenly spaced over all -> list of their indices."""
+        """-> list of the indices of at most `most` windows, evenly spaced over all."""
         return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)).tolist()
 
     def __len__(self):
         return int(self._ends[-1])
 
     def read_frames(self, episode, camera, first, count, stride=1):
-        """Frames first, first+stride, ..., the last that exists repeated. (count, 3, H, W) uint8."""
+        """-> (count, 3, H, W) uint8: frames first, first+stride, ..., then the last of them repeated."""
         shard, start = self._place[episode]
         real = min(count, (self.lengths[episode] - 1 - first) // stride + 1)
         places = self._where[shard][camera][start + first:start + first + (real - 1) * stride + 2]
-        data = np.frombuffer(self._read(shard, places[0], places[-1] - places[0]), np.uint8)
+        data = self._read(shard, places[0], places[-1] - places[0])
         frames = np.empty((count, 3, self.image_size, self.image_size), np.uint8)
         for k in range(real):
             a, b = places[k * stride:k * stride + 2] - places[0]
             bgr = cv2.imdecode(data[a:b], cv2.IMREAD_COLOR)                            # (H, W, 3)
             if bgr is None:
-                raise InputError(f"{self._paths[shard]} holds a damaged picture (frame {first + k * stride} "
+                raise InputError(f"{self._paths[shard]} holds a damaged image (frame {first + k * stride} "
                                  f"of episode {episode}): copy or make the dataset again")
             frames[k, 2], frames[k, 1], frames[k, 0] = cv2.split(bgr)
         frames[real:] = frames[real - 1]
@@ -1702,10 +1669,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
             raise IndexError(f"window {index} of {len(self)}")
         i, n, s = int(np.searchsorted(self._ends, index, side="right")), self.chunk, self.stride
         episode, t = int(self.episodes[i]), int(index - (self._ends[i - 1] if i else 0))
-        shard, start = map(int, self._place[episode])
         last = int(self.lengths[episode]) - 1
-        count = dict.fromkeys(self.cameras[:self.future], n + 1)
-        images = {c: self.read_frames(episode, c, t, count.get(c, 1), s) for c in self.cameras}
+        images = {c: self.read_frames(episode, c, t, n + 1 if k < self.future else 1, s)
+                  for k, c in enumerate(self.cameras)}
         text = int(self.instruction_ids[episode])
         item = {"obs": {"images": {c: frames[0] for c, frames in images.items()},
                         "instruction": self.instructions[text]},
@@ -1714,25 +1680,19 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if self.future:
             item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
         if "proprio" in self.labels:
-            item["obs"]["proprio"] = torch.from_numpy(self._rows(shard, "proprio", start + t, 1)[0])   # (P,)
+            item["obs"]["proprio"] = torch.from_numpy(self._rows(episode, "proprio", t, 1)[0])   # (P,)
         if "actions" in self.labels:                                     # the last row is the hold action
-            rows = self._rows(shard, "actions", start + t, min(t + n * s, last + 1) - t)
+            rows = self._rows(episode, "actions", t, min(n * s, last + 1 - t))
             rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
-            item["actions"] = torch.from_numpy(self._merge(rows) if s > 1 else rows[:, 0])       # (n, A)
+            item["actions"] = torch.from_numpy(self._merge(rows))                                # (n, A)
         return item
 
 
-def even_strides(paths):
-    """Frames per step in each dataset: whole numbers that bring all near the rate of the slowest."""
-    rates = [read_manifest(path)[0]["fps"] for path in paths]
-    return [max(1, round(rate / min(rates))) for rate in rates]
-
-
 class Mixture(torch.utils.data.Dataset):
-    """Windows of several datasets as one: what the training scripts draw from, even from a single dataset.
+    """Windows of one or several datasets; the training scripts draw from it.
 
     paths    folders made by prepare_data.py, of one image size
-    weights  share of the drawn windows that comes from each, to any scale; None: every window is as likely
+    weights  share of the drawn windows that comes from each, to any scale; None: by number of windows
     strides  frames per step of each; None: whole numbers that make a chunk span about as long as in the
              slowest (SSv2 12 fps, LIBERO 20, Bridge 5: strides 2, 4, 1). ASSUMPTION: the paper is silent
     chunk and the rest as in EpisodeDataset. Cameras go by position and are named as in the first dataset.
@@ -1740,33 +1700,33 @@ class Mixture(torch.utils.data.Dataset):
     """
 
     def __init__(self, paths, chunk, weights=None, strides=None, **rest):
-        strides = even_strides(paths) if strides is None else strides
+        if strides is None:
+            rates = [read_manifest(path)[0]["fps"] for path in paths]
+            strides = [max(1, round(rate / min(rates))) for rate in rates]
         for name, values in (("weights", weights), ("strides", strides)):
             if values is not None and len(values) != len(paths):
                 raise InputError(f"--{name} has {len(values)} numbers for {len(paths)} datasets: one each")
         if weights is not None and not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             raise InputError(f"--weights {' '.join(map(str, weights))}: expected 0 or more each, not all 0")
-        self.chunk = chunk
         self.parts = [EpisodeDataset(path, chunk, stride=stride, **rest)
                       for path, stride in zip(paths, strides)]
         first = self.parts[0]
-        stored = [{"actions": "action"}.get(label, label) for label in first.labels]
         for part in self.parts[1:]:
             for what, mine, its in [
                     *((key, getattr(part, key), getattr(first, key))
                       for key in ("image_size", "action_dim", "proprio_dim")),
                     ("number of cameras", len(part.cameras), len(first.cameras)),
-                    *((f"names, units, frame or gripper of its {key}", part.attrs[key], first.attrs[key])
-                      for key in stored)]:
+                    *((f"names, units, frame or gripper of {key}", part.attrs[key], first.attrs[key])
+                      for key in (label.removesuffix("s") for label in first.labels))]:
                 if mine != its:
                     raise InputError(f"{part.path} and {first.path} differ in {what} ({str(mine)[:60]}, "
-                                     f"{str(its)[:60]}): mix what agrees, or prepare one of them again")
+                                     f"{str(its)[:60]}): mix datasets that agree")
         self.weights = None if weights is None else np.array(weights) / sum(weights)
         self._starts = np.cumsum([0] + [len(part) for part in self.parts])
         self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
-        self.cameras, self.num_episodes = first.cameras, sum(part.num_episodes for part in self.parts)
-        self.image_size, self.action_dim, self.proprio_dim = (
-            first.image_size, first.action_dim, first.proprio_dim)
+        self.chunk, self.cameras, self.image_size = chunk, first.cameras, first.image_size
+        self.action_dim, self.proprio_dim = first.action_dim, first.proprio_dim
+        self.num_episodes = sum(part.num_episodes for part in self.parts)
         self.instructions = list(dict.fromkeys(text for part in self.parts for text in part.instructions))
         self._ids = {text: i for i, text in enumerate(self.instructions)}
         self.fingerprint = "+".join(part.fingerprint for part in self.parts)
@@ -1775,11 +1735,11 @@ class Mixture(torch.utils.data.Dataset):
              "fps": part.fps} for part, share in zip(self.parts, self.shares())]}
 
     def shares(self):
-        """Share of the drawn windows that comes from each dataset."""
+        """-> share of the drawn windows that comes from each dataset."""
         return (np.diff(self._starts) / len(self) if self.weights is None else self.weights).tolist()
 
     def describe(self):
-        """A line per dataset: windows, share, stride and seconds that a chunk spans."""
+        """-> one line per dataset: episodes, windows, share, stride, seconds that a chunk spans."""
         return "\n".join(f"{'data' if i == 0 else '':12s} {part.path}: {part.num_episodes:,} episodes, "
                          f"{len(part):,} windows, share {share:.2f}, stride {part.stride}: a chunk spans "
                          f"{part.chunk * part.stride / part.fps:.2f} s at {part.fps:g} fps"
@@ -1793,7 +1753,7 @@ class Mixture(torch.utils.data.Dataset):
         return rng.integers(self._starts[part], self._starts[part + 1]).tolist()
 
     def limits(self, key):
-        """As EpisodeDataset.limits, over all datasets."""
+        """-> EpisodeDataset.limits over all parts."""
         limits = [part.limits(key) for part in self.parts]
         return {"min": np.min([x["min"] for x in limits], 0), "max": np.max([x["max"] for x in limits], 0)}
 
@@ -1803,8 +1763,6 @@ class Mixture(torch.utils.data.Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
         k = int(np.searchsorted(self._starts, index, side="right")) - 1
         item = self.parts[k][int(index - self._starts[k])]
         item["obs"]["images"] = dict(zip(self.cameras, item["obs"]["images"].values()))
@@ -1815,21 +1773,24 @@ class Mixture(torch.utils.data.Dataset):
 # ---- commands ----------------------------------------------------------------------------------------------
 
 def inspect(args):
-    """inspect: print what a dataset holds, and draw a contact sheet; --check: read every byte of it first."""
-    if args.check:
-        verify(args.data)
+    """Print what a dataset holds and draw a contact sheet. --check compares every shard's hash."""
     data = EpisodeDataset(args.data, chunk=1)
+    if args.check:
+        for shard in tqdm(read_manifest(args.data)[1], "check", unit="shard"):
+            path = os.path.join(args.data, shard["file"])
+            if file_hash(path) != shard["sha256"]:
+                raise InputError(f"{path} is not the file that was written: copy or make it again")
+        print(f"{'check':>15}  all good: every shard is the file that was written")
     for key, value in sorted({**data.attrs, "fingerprint": data.fingerprint}.items()):
         if key != "statistics":
             print(f"{key:>15}  {value if isinstance(value, str) else json.dumps(value)}")
     seconds = np.median(data.lengths) / data.fps
     print(f"{'lengths':>15}  {data.lengths.min()} to {data.lengths.max()} frames, median {seconds:.1f} s")
-    times = np.bincount(data.instruction_ids)
-    for i in np.argsort(-times, kind="stable")[:10]:
-        print(f"{times[i]:>9} times  {data.instructions[i]!r}")
+    for i, times in collections.Counter(data.instruction_ids.tolist()).most_common(10):
+        print(f"{times:>9} times  {data.instructions[i]!r}")
     for key, table in data.stats.items():
         print(f"{key:>15}  " + "".join(f"{column:>10}" for column in table))
-        for d, name in enumerate(data.attrs[{"actions": "action"}.get(key, key)]["names"]):
+        for d, name in enumerate(data.attrs[key.removesuffix("s")]["names"]):
             print(f"{name:>15}  " + "".join(f"{column[d]:>10.4f}" for column in table.values()))
     path = os.path.join(args.data, "contact_sheet.png")
     write_atomically(path, cv2.imencode(".png", contact_sheet(data))[1].tobytes())
@@ -1837,43 +1798,28 @@ def inspect(args):
     return 0.0
 
 
-def verify(folder):
-    """InputError unless every shard is the one that dataset.json knows, and every picture in it decodes."""
-    attrs, shards, _ = read_manifest(folder)
-    for shard in tqdm(shards, f"{folder}, check", unit="shard"):
-        path = os.path.join(folder, shard["file"])
-        if not os.path.exists(path) or file_hash(path) != shard["sha256"]:
-            raise InputError(f"{path} is missing or not the file that was written: copy or make it again")
-    data = EpisodeDataset(folder, chunk=1)
-    for episode in tqdm(data.episodes, f"{folder}, frames", unit="episode"):
-        for camera in data.cameras:
-            data.read_frames(episode, camera, 0, int(data.lengths[episode]))
-    print(f"{folder}: all good: {len(shards)} shards, {attrs['counts']['frames']} frames")
-
-
 def contact_sheet(data, rows=10, columns=8, side=112):
-    """(H, W, 3) uint8 BGR: episodes of different instructions, frames evenly spaced, all cameras."""
-    ids = np.unique(data.instruction_ids, return_index=True)[1]    # the first episode of each
-    others = np.setdiff1d(np.arange(len(data.lengths)), ids)
-    order = [*ids[np.linspace(0, len(ids) - 1, min(rows, len(ids))).astype(int)], *others][:rows]
+    """-> (H, W, 3) uint8 BGR: evenly spaced frames of all cameras, for one episode per instruction and, if
+    there is room, further episodes."""
+    firsts = np.unique(data.instruction_ids, return_index=True)[1]
+    others = np.setdiff1d(np.arange(len(data.lengths)), firsts)
     strips = []
-    for episode in order:
+    for episode in [*firsts, *others][:rows]:
         length, text = int(data.lengths[episode]), data.instructions[data.instruction_ids[episode]]
         text = f"{episode}: {ascii(text)[1:-1]} ({length} frames, {length / data.fps:.1f} s)"
         strips.append(np.full((20, columns * side, 3), 255, np.uint8))
         cv2.putText(strips[-1], text, (3, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
         for camera in data.cameras:
-            frames = [data.read_frames(episode, camera, int(t), 1)[0].numpy()[::-1].transpose(1, 2, 0)
+            frames = [data.read_frames(episode, camera, int(t), 1)[0].permute(1, 2, 0).numpy()
                       for t in np.linspace(0, length - 1, columns)]
-            frames = [cv2.resize(np.ascontiguousarray(frame), (side - 2, side - 2)) for frame in frames]
-            border = ((1, 1), (1, 1), (0, 0))
-            strips.append(np.hstack([np.pad(frame, border, constant_values=255) for frame in frames]))
+            strips.append(cv2.cvtColor(np.hstack([cv2.resize(f, (side, side)) for f in frames]),
+                                       cv2.COLOR_RGB2BGR))
             cv2.putText(strips[-1], camera, (3, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 255), 1)
     return np.vstack(strips)
 
 
 def build_parser(smoke=False):
-    """All flags; --help of a command is its table."""
+    """-> the parser; `--help` of a command lists its flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="source", required=True, metavar="|".join([*SOURCES, "inspect"]))
     for name, source in SOURCES.items():
@@ -1882,18 +1828,18 @@ def build_parser(smoke=False):
         for flag, settings in source.flags.items():
             group.add_argument(flag, **settings)
         if name == "sim":
-            command.set_defaults(resize="none: filmed at this size", **(SMOKE if smoke else {}))
+            command.set_defaults(resize="none: filmed at this size", check=False, **(SMOKE if smoke else {}))
         else:
             group = command.add_argument_group("input and frames")
             group.add_argument("--input", type=os.path.abspath, required=True, help="folder, or file")
             group.add_argument("--fraction", type=float, default=1.0, help="random share of the episodes; "
                                "paper: 0.1 of Something-Something")
-            group.add_argument("--seed", type=int, default=0, help="which share --fraction is")
-            group.add_argument("--min-frames", type=int, default=12, help="shorter ones are rejected")
+            group.add_argument("--seed", type=int, default=0, help="selects which share --fraction takes")
+            group.add_argument("--min-frames", type=int, default=12, help="reject shorter episodes")
             group.add_argument("--resize", choices=("squash", "crop"), default="squash",
                                help="squash changes the aspect ratio (as the release), crop cuts a square")
-            group.add_argument("--check", action="store_true", help="read all as the conversion would, print "
-                               "what would be rejected and why, write nothing")
+            group.add_argument("--check", action="store_true",
+                               help="read everything, print what would be rejected and why, write nothing")
         group = command.add_argument_group("output")
         group.add_argument("--out", default="data" if name == "sim" else f"data/{name}",
                            help="folder; sim makes robot, hand_videos and hand in it")
@@ -1901,16 +1847,16 @@ def build_parser(smoke=False):
                            help="pixels; paper: 128")
         group.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; 1 = no others")
         group = group.add_mutually_exclusive_group()
-        group.add_argument("--resume", action="store_true", help="finish what was begun")
-        group.add_argument("--overwrite", action="store_true", help="replace what is there")
+        group.add_argument("--resume", action="store_true", help="finish an interrupted run")
+        group.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     look = commands.add_parser("inspect", help="numbers and a contact sheet", formatter_class=HelpFormatter)
-    look.add_argument("data", help="dataset")
-    look.add_argument("--check", action="store_true", help="compare every shard's hash, decode every frame")
+    look.add_argument("data", help="folder of a dataset")
+    look.add_argument("--check", action="store_true", help="compare the hash of every shard")
     return parser
 
 
 def main(argv=None):
-    """Run one command. InputError when too much was rejected; the dataset is written all the same."""
+    """Run one command. InputError when too many items were rejected; the dataset is written all the same."""
     args = build_parser("--smoke" in (sys.argv[1:] if argv is None else argv)).parse_args(argv)
     for name, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0), ("seed", 0),
                       ("demos_per_task", 0), ("hand_videos_per_task", 0)):
@@ -1921,11 +1867,9 @@ def main(argv=None):
     cameras = getattr(args, "cameras", None) or []
     if len(set(cameras)) < len(cameras) or "" in cameras:
         raise InputError(f"--cameras {','.join(cameras)}: expected different names")
-    if getattr(args, "out", ".") == "":
-        raise InputError("--out is empty: give a folder")
     rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        done = "nothing was written" if getattr(args, "check", False) else "the dataset is written"
+        done = "nothing was written" if args.check else "the dataset is written"
         raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}): "
                          f"{done}, but look at the reasons above before you use it")
 
