@@ -1548,7 +1548,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
            "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
            "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
 
-    All arrays of a shard are contiguous. Their positions are noted once (16 bytes of memory per frame and
+    All arrays of a shard are contiguous. Their positions are noted once (8 bytes of memory per frame and
     camera), and a window is read with plain file reads: no open handle, so any process may use the object.
     """
 
@@ -1598,9 +1598,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
         by_instruction = np.argsort(self.instruction_ids, kind="stable")
         is_val = np.zeros(len(self.lengths), bool)
         is_val[by_instruction[min(10, len(is_val)) - 1::10]] = True      # of fewer than ten, the last
-        chosen = np.flatnonzero({"all": is_val | True, "train": ~is_val, "val": is_val}[split])
+        chosen = np.flatnonzero({"all": np.ones_like(is_val), "train": ~is_val, "val": is_val}[split])
         if not len(chosen):
-            raise InputError(f"{self.path} has one episode only: it cannot be split into train and val")
+            raise InputError(f"{self.path} has a single episode, which cannot be split into train and val")
         if demos_per_task is None:
             return chosen
         per_task = [chosen[self.instruction_ids[chosen] == i] for i in range(len(self.instructions))]
@@ -1812,8 +1812,9 @@ def contact_sheet(data, rows=10, columns=8, side=112):
         for camera in data.cameras:
             frames = [data.read_frames(episode, camera, int(t), 1)[0].permute(1, 2, 0).numpy()
                       for t in np.linspace(0, length - 1, columns)]
-            strips.append(cv2.cvtColor(np.hstack([cv2.resize(f, (side, side)) for f in frames]),
-                                       cv2.COLOR_RGB2BGR))
+            strip = np.hstack([cv2.resize(frame, (side, side)) for frame in frames])
+            strip[:, ::side] = 255                                       # a line between two frames
+            strips.append(cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))
             cv2.putText(strips[-1], camera, (3, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 255), 1)
     return np.vstack(strips)
 

@@ -94,7 +94,7 @@ def content(folder):
 
 
 def error(call, *words):
-    """The call raises an InputError of one line that has all the words."""
+    """The call raises an InputError whose message is one line that contains all the words."""
     with pytest.raises(InputError) as caught:
         call()
     message = str(caught.value)
@@ -163,6 +163,8 @@ def test_split_by_episode_is_stable_and_covers_every_task(tmp_path):
     error(lambda: EpisodeDataset(tmp_path / "d", 1, split="train", demos_per_task=19), 19, 18, "push the box")
     convert(tmp_path / "two", lengths=[3, 3])
     assert [EpisodeDataset(tmp_path / "two", 1, split=s).num_episodes for s in ("train", "val")] == [1, 1]
+    convert(tmp_path / "one", lengths=[3])
+    error(lambda: EpisodeDataset(tmp_path / "one", 1, split="train"), "single episode")
 
 
 def test_another_process_reads_the_same(counting):
@@ -293,6 +295,7 @@ def test_input_errors_of_the_dataset(counting, tmp_path):
     error(lambda: EpisodeDataset(tmp_path, 1), "not a dataset", "prepare_data.py sim")
     error(lambda: EpisodeDataset(counting, 20), "chunk of 20", 19)
     error(lambda: EpisodeDataset(counting, 1, cameras=["wrist"]), "wrist", "front, side")
+    error(lambda: EpisodeDataset(counting, 1, cameras=3, future=3), "front, side", 3)
     copy = copied(counting, tmp_path)
     (copy / "00002.h5").unlink()
     error(lambda: EpisodeDataset(copy, 1), "00002.h5", "cannot be read", "FileNotFound")
