@@ -42,7 +42,6 @@ import sys
 import textwrap
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -1515,23 +1514,17 @@ def choose_gl():
     """Sets MUJOCO_GL on Linux unless the user did: egl, else osmesa, else disable (no images)."""
     if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
         return
-    try:    # an EGL without a device (no driver, no Mesa) makes `import mujoco` itself fail: ask first
-        get_address = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
-        get_address.restype, get_address.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
-        address, count = get_address(b"eglQueryDevicesEXT"), ctypes.c_int(0)
-        if address:
-            query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-            query(address)(0, None, ctypes.addressof(count))
-        if count.value > 0:
+    os.environ["MUJOCO_GL"] = "disable"
+    with contextlib.suppress(OSError):      # EGL may be installed but have no device to render on
+        address = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
+        address.restype = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        query, devices = address(b"eglQueryDevicesEXT"), ctypes.c_int(0)
+        if query and query(0, None, ctypes.addressof(devices)) and devices.value > 0:
             os.environ["MUJOCO_GL"] = "egl"
             return
-    except OSError:
-        pass
-    try:
+    with contextlib.suppress(OSError):
         ctypes.CDLL("libOSMesa.so.8")
         os.environ["MUJOCO_GL"] = "osmesa"
-    except OSError:
-        os.environ["MUJOCO_GL"] = "disable"
 
 
 choose_gl()
@@ -1540,37 +1533,97 @@ import mujoco  # noqa: E402
 EVAL_SEED0 = 1_000_000              # evaluation starts are seeds >= this; training data uses seeds below it
 PHYSICS_DT = 0.002                  # s
 OPENING = 0.055                     # m from the centre to each finger when the gripper is open
-SQUEEZE = -0.03                     # m, the close command: well past closed, or a position motor only touches
+SQUEEZE = -0.03                     # m, the close command: beyond closed, so that the position motor squeezes
 
 
-# ---- MJCF, built from primitives ----
+# ---- robot, hand and tool, as MJCF text ----
 
-STEEL, DARK, GREEN, WALL = ".85 .86 .88 1", ".30 .33 .38 1", ".45 .90 .25 1", ".62 .64 .66 1"
-SKIN, SLEEVE, UNSEEN = ".88 .66 .53 1", ".25 .30 .55 1", "0 0 0 0"
+STEEL, DARK, GREEN, UNSEEN = ".85 .86 .88 1", ".30 .33 .38 1", ".45 .90 .25 1", "0 0 0 0"
+SKIN, SLEEVE = ".88 .66 .53 1", ".25 .30 .55 1"
 BLUE, WHITE, PLATE, BOWL = ".10 .28 .92 1", ".96 .96 .96 1", ".78 .22 .20 1", ".80 .48 .78 1"
 POT, GOLD, LEAF, CRUST = ".55 .62 .72 1", ".96 .72 .10 1", ".15 .60 .20 1", ".90 .55 .25 1"
 
 
-def tag(tag_name, **attributes):
-    """<tag_name key="value" .../>; numbers and sequences of numbers are written out."""
+def tag(kind, /, *inside, **attributes):
+    """<kind key="value" ...>inside</kind>. A value is text, a number or a sequence of numbers."""
     def text(value):
-        return value if isinstance(value, str) else " ".join(f"{float(v):.12g}" for v in np.ravel(value))
-    return f"<{tag_name} " + " ".join(f'{key}="{text(value)}"' for key, value in attributes.items()) + "/>\n"
+        return value if isinstance(value, str) else " ".join(f"{v:.12g}" for v in np.ravel(value))
+    attributes = " ".join(f'{key}="{text(value)}"' for key, value in attributes.items())
+    return f"<{kind} {attributes}>{''.join(inside)}</{kind}>\n"
 
 
-def solid(kind, size, rgba, mass, **attributes):
-    """A geom that collides."""
-    return tag("geom", type=kind, size=size, rgba=rgba, mass=mass, **attributes)
+def solid(shape, size, rgba, mass, **attributes):
+    """A geom that collides. Sizes in m, mass in kg."""
+    return tag("geom", type=shape, size=size, rgba=rgba, mass=mass, **attributes)
 
 
-def look(kind, size, rgba, mass=0, **attributes):
+def look(shape, size, rgba, mass=0, **attributes):
     """A geom that is only seen."""
-    return tag("geom", type=kind, size=size, rgba=rgba, mass=mass, contype="0", conaffinity="0", **attributes)
+    return solid(shape, size, rgba, mass, contype=0, conaffinity=0, **attributes)
 
 
-def body(**attributes):
-    """The opening tag of a body."""
-    return tag("body", **attributes).replace("/>", ">")
+def arm_xml():
+    """The arm of the DH table as nested bodies: body i stands at (a, -d sin alpha, d cos alpha) in its
+    parent, rotated by Rx(alpha) Rz(offset), and turns about its own z axis. Only its fingers collide."""
+    masses, radii = (2.0, 2.0, 1.5, 0.6, 0.6, 0.3), (0.052, 0.045, 0.042, 0.036, 0.036, 0.032)      # kg, m
+    places = [(a, -d * np.sin(alpha), d * np.cos(alpha)) for alpha, a, d, _ in DH]
+    xml = tool_xml("robot")
+    for i in reversed(range(6)):
+        if i < 5 and np.any(places[i + 1]):
+            xml = look("capsule", 0.8 * radii[i], STEEL, fromto=(0, 0, 0, *places[i + 1])) + xml
+        joint = tag("joint", name=f"j{i + 1}", range=(-JOINT_LIMIT[i], JOINT_LIMIT[i]), armature=0.05)
+        xml = tag("body", joint, look("sphere", radii[i], DARK, masses[i]), xml,
+                  name=f"link{i + 1}", pos=places[i], gravcomp=1,
+                  quat=Rotation.from_euler("XZ", DH[i, [0, 3]]).as_quat(scalar_first=True))
+    return look("cylinder", 0.055, STEEL, fromto=(0, 0, 0, 0, 0, 0.20)) + xml
+
+
+def hand_xml():
+    """A hand that floats on three slides and three hinges."""
+    joints = "".join(tag("joint", name=f"j{i + 1}", type="slide" if i < 3 else "hinge", axis=axis,
+                         range=(-1, 1), armature=0.5)
+                     for i, axis in enumerate(("1 0 0", "0 1 0", "0 0 1", "0 0 1", "0 1 0", "1 0 0")))
+    down = Rotation.from_matrix(TOOL_DOWN).as_quat(scalar_first=True)
+    return tag("body", joints, tag("body", tool_xml("hand"), quat=down, gravcomp=1),
+               name="hand", pos=(0, 0, TOOL), gravcomp=1)
+
+
+def tool_xml(embodiment):
+    """The tool in its flange frame: z points out of the flange, two fingers slide along y. The finger
+    pads are the same for both embodiments, so both grasp alike; the hand's are invisible, in its fingers."""
+    def bone(radius, *fromto, rgba=SKIN):
+        return look("capsule", radius, rgba, fromto=fromto)
+
+    if embodiment == "robot":
+        pad, palm = GREEN, look("box", (0.030, 0.070, 0.016), STEEL, 0.3, pos=(0, 0, 0.045))
+        left, right = (look("box", (0.011, 0.005, 0.03), GREEN, pos=(0, y, 0.085)) for y in (0.006, -0.006))
+    else:
+        pad, palm = UNSEEN, look("ellipsoid", (0.045, 0.05, 0.022), SKIN, 0.3, pos=(-0.005, 0, 0.035))
+        palm += bone(0.026, 0, 0, 0.03, 0.10, 0, -0.05)                         # forearm
+        palm += bone(0.037, 0.10, 0, -0.05, 0.34, 0, -0.26, rgba=SLEEVE)
+        left = "".join(                                                         # four fingers
+            bone(0.0085, x, -0.012, 0.04, x, 0.014, 0.085) + bone(0.008, x, 0.014, 0.085, x, 0.007, tip)
+            for x, tip in ((-0.024, 0.135), (-0.008, 0.147), (0.008, 0.145), (0.024, 0.132)))
+        right = bone(0.011, 0.012, 0.012, 0.045, 0.006, -0.014, 0.09)           # thumb
+        right += bone(0.0095, 0.006, -0.014, 0.09, 0, -0.008, 0.143)
+    xml = palm + tag("site", name="tool", pos=(0, 0, TOOL), size=0.001, rgba=UNSEEN)
+    for side, sign, shape in (("left", 1, left), ("right", -1, right)):
+        joint = tag("joint", name=side, type="slide", axis=(0, sign, 0), range=(0, OPENING), damping=100,
+                    armature=0.1)
+        xml += tag("body", joint, solid("box", (0.017, 0.006, 0.020), pad, 0.05, friction="1.5 .03 .001",
+                                        pos=(0, sign * 0.006, TOOL - 0.008)), shape, name=side, gravcomp=1)
+    return xml
+
+
+# ---- the things on the table ----
+
+@dataclass(frozen=True)
+class Thing:
+    """An object; its origin is the centre of its base (the roll's: its centre)."""
+    xml: str
+    grasp: float = 0.0      # m, height of the tool centre above the origin when the thing is grasped
+    rest: float = 0.0       # m, height of the origin above the surface on which the thing rests
+    floor: float = 0.0      # m, height above the origin of the surface that carries other things
 
 
 def disk(radius, height, rgba, mass):
@@ -1586,102 +1639,25 @@ def ring(bottom, top, z, height, rgba, n=12):
                    for angle in 2 * np.pi * np.arange(n) / n)
 
 
-def quaternion(rotation):
-    return rotation.as_quat(scalar_first=True)
-
-
-def arm_xml():
-    """Nested bodies: body i stands at (a, -d sin alpha, d cos alpha), turned by Rx(alpha) Rz(offset), and
-    turns about its own z. Spheres and capsules are only seen: the arm does not collide, its fingers do."""
-    masses, radii = (2.0, 2.0, 1.5, 0.6, 0.6, 0.3), (0.052, 0.045, 0.042, 0.036, 0.036, 0.032)      # kg, m
-    place = [(a, -d * np.sin(alpha), d * np.cos(alpha)) for alpha, a, d, _ in DH]
-    xml = look("cylinder", 0.055, STEEL, fromto=(0, 0, 0, 0, 0, 0.20))
-    for i, (mass, radius) in enumerate(zip(masses, radii)):
-        turn = Rotation.from_rotvec([DH[i, 0], 0, 0]) * Rotation.from_rotvec([0, 0, DH[i, 3]])
-        xml += body(name=f"link{i + 1}", pos=place[i], quat=quaternion(turn), gravcomp=1)
-        xml += tag("joint", name=f"j{i + 1}", range=(-JOINT_LIMIT[i], JOINT_LIMIT[i]), armature=0.05)
-        xml += look("sphere", radius, DARK, mass)
-        if i < 5 and np.any(place[i + 1]):
-            xml += look("capsule", 0.8 * radius, STEEL, fromto=(0, 0, 0, *place[i + 1]))
-    return xml + tool_xml("robot") + "</body>" * 6
-
-
-def hand_xml():
-    """A hand that floats on three slides and three hinges, with the arm's inverse kinematics."""
-    xml = body(name="hand", pos=(0, 0, TOOL), gravcomp=1)
-    for i, axis in enumerate(["1 0 0", "0 1 0", "0 0 1", "0 0 1", "0 1 0", "1 0 0"]):
-        kind = "slide" if i < 3 else "hinge"
-        xml += tag("joint", name=f"j{i + 1}", type=kind, axis=axis, range=(-1, 1), armature=0.5)
-    xml += body(quat=quaternion(Rotation.from_matrix(TOOL_DOWN)), gravcomp=1)
-    return xml + tool_xml("hand") + "</body></body>"
-
-
-def tool_xml(embodiment):
-    """The tool in its flange frame: z out of the flange, two fingers that slide along y. The finger pads are
-    the same for both embodiments, so both grasp alike; the hand's are invisible, inside thumb and fingers."""
-    if embodiment == "robot":
-        xml, pad = look("box", (0.030, 0.070, 0.016), STEEL, 0.3, pos=(0, 0, 0.045)), GREEN
-        dress = {side: look("box", (0.011, 0.005, 0.030), GREEN, pos=(0, sign * 0.006, 0.085))
-                 for side, sign in (("left", 1), ("right", -1))}
-    else:
-        def bone(radius, *fromto, rgba=SKIN):
-            return look("capsule", radius, rgba, fromto=fromto)
-        xml, pad = look("ellipsoid", (0.045, 0.05, 0.022), SKIN, 0.3, pos=(-0.005, 0, 0.035)), UNSEEN
-        xml += bone(0.026, 0, 0, 0.03, 0.10, 0, -0.05)                          # forearm
-        xml += bone(0.037, 0.10, 0, -0.05, 0.34, 0, -0.26, rgba=SLEEVE)
-        dress = {"left": "".join(
-            bone(0.0085, x, -0.012, 0.04, x, 0.014, 0.085) + bone(0.008, x, 0.014, 0.085, x, 0.007, tip)
-            for x, tip in ((-0.024, 0.135), (-0.008, 0.147), (0.008, 0.145), (0.024, 0.132)))}      # fingers
-        dress["right"] = bone(0.011, 0.012, 0.012, 0.045, 0.006, -0.014, 0.09)                      # thumb
-        dress["right"] += bone(0.0095, 0.006, -0.014, 0.09, 0, -0.008, 0.143)
-    xml += tag("site", name="tool", pos=(0, 0, TOOL), size=0.001, rgba="0 0 0 0")
-    for side, sign in (("left", 1), ("right", -1)):
-        xml += body(name=side, gravcomp=1)
-        xml += tag("joint", name=side, type="slide", axis=(0, sign, 0), range=(0, OPENING), damping=100,
-                   armature=0.1)
-        xml += solid("box", (0.017, 0.006, 0.020), pad, 0.05, pos=(0, sign * 0.006, TOOL - 0.008),
-                     friction="1.5 .03 .001")
-        xml += dress[side] + "</body>"
-    return xml
-
-
-# ---- the things on the table; origin at the centre of the base (of the roll: at its centre) ----
-
-@dataclass(frozen=True)
-class Thing:
-    xml: str
-    grasp: float = 0.0      # m, height of the tool centre above the thing's origin when it is grasped
-    rest: float = 0.0       # m, height of the origin above the surface on which the thing rests
-    floor: float = 0.0      # m, height above its own origin of the surface that carries other things
-
-
 def cup(rgba):
-    # Tapered, with a raised floor: a cup on top of another one sinks in by 3 cm and has 1 cm of play.
+    """Tapered, with a raised floor: a cup on top of another one sinks in by 3 cm and has 1 cm of play."""
     return disk(0.020, 0.040, rgba, 0.06) + ring(0.021, 0.037, 0.002, 0.068, rgba)
 
 
-def handles():
-    return "".join(solid("box", (0.016, 0.010, 0.004), DARK, 0.01, pos=(0, y, 0.031))
-                   for y in (-0.071, 0.071))
-
-
-def leaves():
-    return "".join(
-        look("capsule", 0.0055, LEAF, fromto=(0, 0, 0.072, 0.02 * np.cos(a), 0.02 * np.sin(a), 0.098))
-        for a in 2 * np.pi * np.arange(5) / 5)
-
-
+HANDLES = "".join(solid("box", (0.016, 0.010, 0.004), DARK, 0.01, pos=(0, y, 0.031)) for y in (-0.071, 0.071))
+LEAVES = "".join(
+    look("capsule", 0.0055, LEAF, fromto=(0, 0, 0.072, 0.02 * np.cos(a), 0.02 * np.sin(a), 0.098))
+    for a in 2 * np.pi * np.arange(5) / 5)
 THINGS = {
     "blue_cup": Thing(cup(BLUE), grasp=0.046, floor=0.040),
     "white_cup": Thing(cup(WHITE), grasp=0.046, floor=0.040),
     "plate": Thing(disk(0.080, 0.006, PLATE, 0.4) + ring(0.078, 0.092, 0.003, 0.009, PLATE, n=16),
                    floor=0.006),
     "bowl": Thing(disk(0.042, 0.005, BOWL, 0.3) + ring(0.041, 0.068, 0.002, 0.034, BOWL), floor=0.005),
-    "pot": Thing(disk(0.060, 0.005, POT, 0.5) + ring(0.060, 0.061, 0.002, 0.036, POT) + handles(),
-                 floor=0.005),
+    "pot": Thing(disk(0.060, 0.005, POT, 0.5) + ring(0.060, 0.061, 0.002, 0.036, POT) + HANDLES, floor=0.005),
     "pineapple": Thing(solid("ellipsoid", (0.027, 0.027, 0.036), GOLD, 0.07, pos=(0, 0, 0.042))
-                       + disk(0.024, 0.020, GOLD, 0.05) + leaves(), grasp=0.048),
-    "roll": Thing(solid("capsule", 0.019, CRUST, 0.06, fromto=(-0.026, 0, 0, 0.026, 0, 0), condim="6",
+                       + disk(0.024, 0.020, GOLD, 0.05) + LEAVES, grasp=0.048),
+    "roll": Thing(solid("capsule", 0.019, CRUST, 0.06, fromto=(-0.026, 0, 0, 0.026, 0, 0), condim=6,
                         friction=".4 .01 .003"), rest=0.019),
 }
 
@@ -1689,38 +1665,39 @@ THINGS = {
 # ---- the world ----
 
 # Friction: the pads hold at 1.5, all else slides at 0.4, so that the finger that touches first pushes the
-# thing to the middle and does not tip it over. solref .004: with MuJoCo's default the thin walls sink in.
-# multiccd: with a single contact point a cylinder on a cylinder (a cup on a plate) never comes to rest.
+# thing to the middle instead of tipping it over. With MuJoCo's default solref, objects sink into the thin
+# walls. Without multiccd, a cup on a plate has a single contact point and never comes to rest.
 WORLD = """
 <mujoco model="table">
-  <compiler angle="radian" eulerseq="zyx"/>
-  <option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10">
-    <flag multiccd="enable"/>
-  </option>
-  <size memory="32M"/>
-  <statistic center=".3 0 .1" extent="1"/>
-  <visual>
-    <global offwidth="1024" offheight="1024"/>
-    <quality shadowsize="1024" offsamples="4" numslices="16" numstacks="10"/>
-    <headlight ambient=".35 .35 .35" diffuse=".45 .45 .45" specular="0 0 0"/>
-    <map znear=".05" zfar="10"/>
-  </visual>
-  <default>
-    <geom condim="4" friction=".4 .01 .0005" solref=".004 1" solimp=".95 .99 .001"/>
-  </default>
-  <worldbody>
-    <light name="lamp" pos=".6 -.4 1.2" dir="-.35 .4 -1" directional="true" diffuse=".5 .5 .5"
-           specular="0 0 0"/>
-    <geom name="table" type="box" pos=".25 0 -.03" size=".6 .7 .03" rgba=".30 .33 .36 1"/>
-    {walls}
-    {cameras}
-    {tool}
-    {things}
-  </worldbody>
-  <equality><joint joint1="left" joint2="right" solref=".004 1"/></equality>
-  <actuator>
-    {motors}
-  </actuator>
+<compiler angle="radian" eulerseq="zyx"/>
+<option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10">
+  <flag multiccd="enable"/>
+</option>
+<size memory="32M"/>
+<statistic center=".3 0 .1" extent="1"/>
+<visual>
+  <global offwidth="1024" offheight="1024"/>
+  <quality shadowsize="1024" offsamples="4" numslices="16" numstacks="10"/>
+  <headlight ambient=".35 .35 .35" diffuse=".45 .45 .45" specular="0 0 0"/>
+  <map znear=".05" zfar="10"/>
+</visual>
+<default>
+  <geom condim="4" friction=".4 .01 .0005" solref=".004 1" solimp=".95 .99 .001"/>
+</default>
+<worldbody>
+  <light name="lamp" pos=".6 -.4 1.2" dir="-.35 .4 -1" directional="true" diffuse=".5 .5 .5"
+         specular="0 0 0"/>
+  <geom name="table" type="box" pos=".25 0 -.03" size=".6 .7 .03" rgba=".30 .33 .36 1"/>
+  <geom type="box" pos="-.9 0 .3" size=".02 3 3" rgba=".62 .64 .66 1" contype="0" conaffinity="0" mass="0"/>
+  <geom type="box" pos=".25 1.2 .3" size="3 .02 3" rgba=".62 .64 .66 1" contype="0" conaffinity="0" mass="0"/>
+  {cameras}
+  {tool}
+  {things}
+</worldbody>
+<equality><joint joint1="left" joint2="right" solref=".004 1"/></equality>
+<actuator>
+  {motors}
+</actuator>
 </mujoco>"""
 
 CAMERAS = {"front": ((0.78, 0.0, 0.46), (0.28, 0.0, 0.075), 39),  # position and point looked at (m), degrees
@@ -1728,7 +1705,7 @@ CAMERAS = {"front": ((0.78, 0.0, 0.46), (0.28, 0.0, 0.075), 39),  # position and
 
 
 def view(eye, target):
-    """Rotation of a camera at `eye` that looks at `target`, upright (a MuJoCo camera looks along its -z)."""
+    """Rotation of an upright camera at `eye` that looks at `target` (a MuJoCo camera looks along its -z)."""
     forward = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
     right = np.cross(forward, [0, 0, 1]) / np.linalg.norm(np.cross(forward, [0, 0, 1]))
     return Rotation.from_matrix(np.stack([right, np.cross(right, forward), -forward], axis=1))
@@ -1738,17 +1715,17 @@ def build_model(embodiment, things):
     """The MuJoCo model with the tool of `embodiment` ("robot" or "hand") and the named things."""
     robot = embodiment == "robot"
     stiffness = (4000, 4000, 3000, 1500, 1500, 800) if robot else (6000, 6000, 6000, 300, 300, 300)
-    motors = "".join(tag("position", joint=f"j{i + 1}", kp=kp, dampratio=1) for i, kp in enumerate(stiffness))
-    motors += "".join(tag("position", joint=side, kp=1000, ctrlrange=(SQUEEZE, OPENING), forcerange=(-18, 18))
-                      for side in ("left", "right"))
+    motors = [tag("position", joint=f"j{i + 1}", kp=kp, dampratio=1) for i, kp in enumerate(stiffness)]
+    motors += [tag("position", joint=side, kp=1000, ctrlrange=(SQUEEZE, OPENING), forcerange=(-18, 18))
+               for side in ("left", "right")]
+    cameras = [tag("camera", name=name, pos=eye, fovy=fovy,
+                   quat=view(eye, target).as_quat(scalar_first=True))
+               for name, (eye, target, fovy) in CAMERAS.items()]
+    bodies = [tag("body", tag("joint", type="free", name=name, damping=0.0003), THINGS[name].xml, name=name)
+              for name in things]
     return mujoco.MjModel.from_xml_string(WORLD.format(
-        dt=PHYSICS_DT, motors=motors, tool=arm_xml() if robot else hand_xml(),
-        walls=look("box", (0.02, 3, 3), WALL, pos=(-0.9, 0, 0.3))
-        + look("box", (3, 0.02, 3), WALL, pos=(0.25, 1.2, 0.3)),
-        cameras="".join(tag("camera", name=name, pos=eye, quat=quaternion(view(eye, target)), fovy=fovy)
-                        for name, (eye, target, fovy) in CAMERAS.items()),
-        things="".join(body(name=name) + tag("joint", type="free", name=name, damping=0.0003)
-                       + THINGS[name].xml + "</body>" for name in things)))
+        dt=PHYSICS_DT, cameras="".join(cameras), tool=arm_xml() if robot else hand_xml(),
+        things="".join(bodies), motors="".join(motors)))
 
 
 # ---- the five tasks ----
@@ -1823,39 +1800,32 @@ TASKS = {
 # ---- the environment ----
 
 class TwinEnv:
-    """The table-top twin, or the same table with a hand.
+    """The table-top twin.
 
-    embodiment  "robot", or "hand": no arm; light, table and viewpoint change per episode, the viewpoint
-    shakes image_size  pixels, one number or (height, width), at most 1024 cameras     names out of "front",
-    "side"; () renders nothing and needs no OpenGL spread      0..1 scales the random start regions around
-    their centres: 1 full, 0 fixed starts
+    embodiment  "robot", or "hand": a hand without an arm, as in a human video; light, table colour and
+                viewpoint differ between episodes, and the cameras shake
+    image_size  pixels, at most 1024: one number, or (height, width)
+    cameras     names out of "front", "side"; () renders nothing and needs no OpenGL
+    spread      size of the random start regions: 1 is full size, 0 means fixed starts
     """
 
     def __init__(self, embodiment="robot", image_size=64, cameras=("front", "side"), spread=1.0):
-        self.embodiment, self.cameras, self.spread = embodiment, tuple(cameras), float(spread)
-        self.image_size = tuple(int(n) for n in np.broadcast_to(image_size, 2))
-        if not set(cameras) <= set(CAMERAS):
-            raise InputError(f"the twin's cameras are {', '.join(CAMERAS)}, got {', '.join(cameras)}")
-        if not 0 <= self.spread <= 1:
-            raise InputError(f"spread is between 0 (fixed starts) and 1 (full start regions), got {spread}")
-        if not all(1 <= n <= 1024 for n in self.image_size):
-            raise InputError(f"image size is 1 to 1024 pixels, got {image_size}")
+        if not (set(cameras) <= set(CAMERAS) and 0 <= spread <= 1 and 1 <= np.max(image_size) <= 1024):
+            raise InputError(f"the twin has cameras out of {', '.join(CAMERAS)}, a spread between 0 and 1, "
+                             f"images of at most 1024 pixels; got {cameras}, {spread} and {image_size}")
         if cameras and os.environ.get("MUJOCO_GL") == "disable":
             raise InputError("no OpenGL to render images with: apt-get install libegl1 libgl1 libosmesa6")
+        self.embodiment, self.image_size = embodiment, image_size
+        self.cameras, self.spread = tuple(cameras), float(spread)
         self._models, self._renderers = {}, {}                  # per task, made when first needed
 
     # -- episodes --
 
     def reset(self, task, seed):
-        """Starts an episode; everything random in it comes from (task, seed, spread).
+        """Starts an episode; everything random in it follows from (task, seed, spread).
 
         -> {"images": {camera: (H, W, 3) uint8 RGB, upright}, "proprio": (7,) float32}
-        InputError: an unknown task, a negative seed
         """
-        if task not in TASKS:
-            raise InputError(f"the twin's tasks are {', '.join(TASKS)}, got {task!r}")
-        if seed < 0:
-            raise InputError(f"seed is 0 or more, got {seed}")
         self.task_name, self.task = task, TASKS[task]
         self.instruction, self.max_steps = self.task.instruction, self.task.max_steps
         if task not in self._models:
@@ -1872,30 +1842,26 @@ class TwinEnv:
         self._q, residual = self._inverse_kinematics(self._target, self._turn, iterations=200)
         assert residual < 1e-3, f"the tool is {residual} (m, rad) from its home pose"
         self.data.qpos[:8] = self.data.ctrl[:8] = [*self._q, OPENING, OPENING]
-        for name in self.task.objects:
-            self._place(name, rng)
+        for name, place in self.task.objects.items():
+            angle, z = self.spread * rng.uniform(-0.3, 0.3), THINGS[name].rest + 0.0005
+            if isinstance(place, str):
+                x, y, base = self.data.joint(place).qpos[:3]
+                z += base + THINGS[place].floor
+            else:
+                x, y = place[:2] + self.spread * np.array(place[2:]) * rng.uniform(-1, 1, 2)
+            half = angle / 2 if name == "roll" else 0.0         # the others look the same from all sides
+            self.data.joint(name).qpos[:] = [x, y, z, np.cos(half), 0, 0, np.sin(half)]
         mujoco.mj_step(self.model, self.data, nstep=100)        # 0.2 s in which things settle
         if self.embodiment == "hand":
             self._change_scene()
             self._shake()
         return self._observe()
 
-    def _place(self, name, rng):
-        where, z = self.task.objects[name], THINGS[name].rest + 0.0005
-        angle = self.spread * rng.uniform(-0.3, 0.3)
-        if isinstance(where, str):
-            x, y, base = self.data.joint(where).qpos[:3]
-            z += base + THINGS[where].floor
-        else:
-            x, y = where[:2] + self.spread * np.array(where[2:]) * rng.uniform(-1, 1, 2)
-        half = angle / 2 if name == "roll" else 0.0             # the others look the same all around
-        self.data.joint(name).qpos[:] = [x, y, z, np.cos(half), 0, 0, np.sin(half)]
-
     def step(self, action, look=True):
         """One control step of 1/20 s. action (7,): see the top of the file. -> obs, done, success
 
-        look = False renders nothing, obs is None. done: success, or max_steps reached. ValueError: not 7
-        finite numbers
+        look = False renders nothing, and obs is None. done: success, or max_steps reached. ValueError if the
+        action is not 7 finite numbers.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
@@ -1941,7 +1907,7 @@ class TwinEnv:
             q = np.clip(q + dq, *model.jnt_range[:6].T)
         return q, np.linalg.norm(error)
 
-    # -- what is seen --
+    # -- observations --
 
     @property
     def tool_position(self):
@@ -1957,13 +1923,13 @@ class TwinEnv:
         turn = rotation_error(self.data.site("tool").xmat, TOOL_DOWN)
         return np.array([*self.tool_position, *turn, self.opening], dtype=np.float32)
 
-    def render(self, camera, image_size=None):
-        """(H, W, 3) uint8 RGB, upright. image_size: a number or (H, W), None = the observation's."""
-        key = self.task_name, tuple(int(n) for n in np.broadcast_to(image_size or self.image_size, 2))
+    def render(self, camera, image_size):
+        """(H, W, 3) uint8 RGB, upright. image_size: pixels, or (H, W)."""
+        height, width = np.broadcast_to(image_size, 2).tolist()
+        key = self.task_name, height, width
         if key not in self._renderers:
-            self._renderers[key] = mujoco.Renderer(self.model, *key[1])
-            if len(self._renderers) == 1:   # close at exit, before mujoco ends OpenGL: else tracebacks
-                atexit.register(lambda env: env() and env().close(), weakref.ref(self))
+            self._renderers[key] = mujoco.Renderer(self.model, height, width)
+            atexit.register(self._renderers[key].close)     # before mujoco ends OpenGL: else tracebacks
         renderer = self._renderers[key]
         renderer.update_scene(self.data, camera)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False            # shadows triple the time
@@ -1971,10 +1937,11 @@ class TwinEnv:
         return renderer.render()
 
     def _observe(self):
-        return {"images": {camera: self.render(camera) for camera in self.cameras}, "proprio": self.proprio()}
+        return {"images": {camera: self.render(camera, self.image_size) for camera in self.cameras},
+                "proprio": self.proprio()}
 
     def _change_scene(self):
-        """Draws light, table and camera offset (m x3, rad x3) of this hand episode."""
+        """Draws light, table colour and camera offsets (m x3, rad x3) of this hand episode."""
         rng, model = self._film, self.model
         tables = np.array([[.30, .33, .36], [.45, .36, .28], [.25, .35, .30], [.42, .42, .40]])
         model.geom("table").rgba[:3] = tables[rng.integers(len(tables))] + rng.uniform(-0.05, 0.05, 3)
@@ -1984,17 +1951,17 @@ class TwinEnv:
         self._wander = {camera: np.zeros(6) for camera in CAMERAS}
 
     def _shake(self):
-        """Moves the cameras by the episode's offset and a slow mean-reverting random walk (m x3, rad x3)."""
+        """Moves the cameras by the episode's offset and a slow, mean-reverting random walk."""
         for camera, (eye, target, _) in CAMERAS.items():
             noise = self._film.normal(size=6) * ([0.0025] * 3 + [0.003] * 3)
             self._wander[camera] = 0.95 * self._wander[camera] + noise
             shift = self._offset[camera] + self._wander[camera]
+            rotation = Rotation.from_rotvec(shift[3:]) * view(eye, target)
             self.model.camera(camera).pos[:] = eye + shift[:3]
-            turned = Rotation.from_rotvec(shift[3:]) * view(eye, target)
-            self.model.camera(camera).quat[:] = quaternion(turned)
+            self.model.camera(camera).quat[:] = rotation.as_quat(scalar_first=True)
         mujoco.mj_camlight(self.model, self.data)
 
-    # -- what the success checks ask --
+    # -- for the success checks --
 
     def position(self, name):
         """(3,) m: origin of a thing, or of "world" (the table)."""
@@ -2004,16 +1971,12 @@ class TwinEnv:
         """Tilted by less than 20 degrees."""
         return bool(self.data.body(name).xmat[8] > np.cos(np.radians(20)))
 
-    def touches(self, name):
-        """Names of the bodies that touch `name`; the table is "world", the fingers are "left" and "right"."""
-        pairs = self.model.geom_bodyid[self.data.contact.geom]      # (contacts, 2)
-        me = self.model.body(name).id
-        others = set(pairs[(pairs == me).any(axis=1)].ravel().tolist()) - {me}
-        return {self.model.body(other).name for other in others}
-
     def placed(self, name, support, radius=np.inf):
-        """`name` rests on `support`, its centre within `radius` (m), and touches neither finger nor table."""
-        touched = self.touches(name)
+        """`name` rests on `support` ("world" is the table), its centre within `radius` (m) of the support's.
+        It touches no finger and, unless that is the support, not the table."""
+        pairs = self.model.geom_bodyid[self.data.contact.geom]      # (contacts, 2)
+        pairs = pairs[(pairs == self.model.body(name).id).any(axis=1)]
+        touched = {self.model.body(body).name for body in pairs.ravel().tolist()}
         speed = np.linalg.norm(self.data.joint(name).qvel[:3])
         offset = np.linalg.norm((self.position(name) - self.position(support))[:2])
         return bool(support in touched and not touched & {"left", "right", "world"} - {support}
@@ -2031,9 +1994,8 @@ class TwinEnv:
 class Expert:
     """A scripted demonstrator for the episode that `env` has just started: act() -> action (7,).
 
-    It is a closed loop over what can be seen (tool, things, opening) and the current step of its plan. Speed,
-    height, path, grasp point, jitter and short pauses vary with the seed, as a person's do. It is slow where
-    precision matters.
+    It closes the loop over the positions of tool and things and the gripper's opening. Speed, height, path,
+    grasp point, jitter and short pauses vary with the seed, as a person's do.
     """
 
     def __init__(self, env, seed):
@@ -2048,7 +2010,7 @@ class Expert:
         return next(self.plan)
 
     def _plan(self):
-        """Yields one action per control step: the waypoints, each tried again if its thing was missed."""
+        """Yields one action per control step: every waypoint, with up to three tries, then stands still."""
         for move in self.env.task.waypoints:
             for _ in range(3):
                 yield from self._pick_and_place(move)
@@ -2088,7 +2050,7 @@ class Expert:
         return middle + [*move.shift, floor + THINGS[move.thing].rest + 0.003]
 
     def _go(self, point, grip, tolerance, curve=False, brake=False):
-        """Moves the tool to point() within tolerance (m): curved in transit, braking to be exact."""
+        """Moves the tool to point() within tolerance (m): on a curve in transit, braking for precision."""
         side = self.rng.uniform(-0.25, 0.25) if curve else 0.0
         pause = self.rng.integers(2, 5) if curve and self.rng.random() < 0.2 else 0
         still, last = 0, np.inf
@@ -2124,9 +2086,8 @@ class Expert:
 
 
 def expert_episode(env, task, seed):
-    """One episode of the scripted expert. Its actions are rounded to float32 before they are executed, so
-    that what a dataset stores is what was done. -> success, observations (T), actions (T-1, each (7,)
-    float32)"""
+    """One episode of the scripted expert -> success, T observations, T-1 actions (7,) float32. Actions are
+    rounded before they are executed, so that a dataset stores exactly what was done."""
     observations, actions, done, success = [env.reset(task, seed)], [], False, False
     expert = Expert(env, seed)
     while not done:
