@@ -1830,17 +1830,14 @@ class TwinEnv:
         self.instruction, self.max_steps = self.task.instruction, self.task.max_steps
         if task not in self._models:
             model = build_model(self.embodiment, self.task.objects)
-            self._models[task] = model, mujoco.MjData(model), mujoco.MjData(model)
-        self.model, self.data, self._kinematics = self._models[task]
+            self._models[task] = model, mujoco.MjData(model)
+        self.model, self.data = self._models[task]
         mujoco.mj_resetData(self.model, self.data)
-        mujoco.mj_resetData(self.model, self._kinematics)
         number = list(TASKS).index(task)
         rng, self._film = (np.random.default_rng([seed, number, stream]) for stream in (0, 1))
         self._steps = self._good = 0
         self._target, self._turn = HOME + self.spread * rng.uniform(-0.02, 0.02, 3), TOOL_DOWN
-        self._q = np.radians([0, -20, -70, 0, -90, 0]) if self.embodiment == "robot" else np.zeros(6)
-        self._q, residual = self._inverse_kinematics(self._target, self._turn, iterations=200)
-        assert residual < 1e-3, f"the tool is {residual} (m, rad) from its home pose"
+        self._q = self._joints(self._target, self._turn, HOME_JOINTS)
         self.data.qpos[:8] = self.data.ctrl[:8] = [*self._q, OPENING, OPENING]
         for name, place in self.task.objects.items():
             angle, z = self.spread * rng.uniform(-0.3, 0.3), THINGS[name].rest + 0.0005
@@ -1866,7 +1863,15 @@ class TwinEnv:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"an action is {ACTION_DIM} finite numbers, got {action}")
-        self._command(np.clip(action[:3], -MAX_STEP, MAX_STEP), np.clip(action[3:6], -MAX_TURN, MAX_TURN))
+        # The command runs at most 3 cm ahead of the measured tool and stays within reach; if no joint values
+        # lead to it, it stays as it was. Otherwise it would wind up, and later actions would do nothing.
+        tool, move = self.tool_position, np.clip(action[:3], -MAX_STEP, MAX_STEP)
+        target = np.clip(np.clip(self._target + move, tool - 0.03, tool + 0.03), *WORKSPACE)
+        target[:2] *= min(1.0, reach(target[2]) / np.linalg.norm(target[:2]))
+        turn = Rotation.from_rotvec(np.clip(action[3:6], -MAX_TURN, MAX_TURN)).as_matrix() @ self._turn
+        q = self._joints(target, turn, self._q)
+        if q is not None and np.abs(q - self._q).max() < 0.35:      # 0.35 rad: a jump to another branch
+            self._q, self._target, self._turn = q, target, turn
         self.data.ctrl[:6] = self._q
         self.data.ctrl[6:] = OPENING if action[6] > 0.5 else SQUEEZE
         mujoco.mj_step(self.model, self.data, nstep=round(1 / CONTROL_HZ / PHYSICS_DT))
@@ -1877,35 +1882,14 @@ class TwinEnv:
         success = self._good >= 5                               # it has to hold for a quarter of a second
         return self._observe() if look else None, success or self._steps >= self.max_steps, success
 
-    def _command(self, move, turn):
-        """Adds a step to the commanded tool pose and solves for the joints. The command runs at most 3 cm
-        ahead of the measured tool and stays within reach; if no joint angles lead to the new pose, it stays
-        as it was. Otherwise it would wind up, and later actions would seem to do nothing."""
-        tool = self.tool_position
-        target = np.clip(tool + np.clip(self._target + move - tool, -0.03, 0.03), *WORKSPACE)
-        target[:2] *= min(1.0, reach(target[2]) / np.linalg.norm(target[:2]))
-        rotation = Rotation.from_rotvec(turn).as_matrix() @ self._turn
-        q, residual = self._inverse_kinematics(target, rotation)
-        if residual < 2e-3 and np.abs(q - self._q).max() < 0.35:    # 0.35 rad: another branch of the solution
-            self._q, self._target, self._turn = q, target, rotation
-
-    def _inverse_kinematics(self, position, rotation, iterations=20):
-        """Damped least squares on a kinematic copy, from the last command. -> joints (6,), residual"""
-        model, data, q, jacobian = self.model, self._kinematics, self._q.copy(), np.zeros((6, self.model.nv))
-        for _ in range(iterations):
-            data.qpos[:6] = q
-            mujoco.mj_kinematics(model, data)
-            mujoco.mj_comPos(model, data)
-            tool = data.site("tool")
-            error = np.concatenate([position - tool.xpos, rotation_error(rotation, tool.xmat)])
-            if np.linalg.norm(error) < 1e-5:
-                break
-            mujoco.mj_jacSite(model, data, jacobian[:3], jacobian[3:], tool.id)
-            J = jacobian[:, :6]
-            # dq = J^T (J J^T + damping I)^-1 error
-            dq = J.T @ np.linalg.solve(J @ J.T + 1e-5 * np.eye(6), error)
-            q = np.clip(q + dq, *model.jnt_range[:6].T)
-        return q, np.linalg.norm(error)
+    def _joints(self, position, rotation, q):
+        """Joint values (6,) that bring the tool to a pose, the arm's close to q; None if there are none."""
+        if self.embodiment == "robot":
+            q, residual = inverse_kinematics(position, rotation, q)
+        else:       # the hinges turn the hand about the tool: Rz Ry Rx TOOL_DOWN
+            angles = Rotation.from_matrix(rotation @ TOOL_DOWN.T).as_euler("ZYX")
+            q, residual = np.append(position - TOOL * (rotation[:, 2] + [0, 0, 1]), angles), 0.0
+        return q if residual < 1e-3 and (np.abs(q) <= self.model.jnt_range[:6, 1]).all() else None
 
     # -- observations --
 
