@@ -1595,10 +1595,10 @@ def tool_xml(embodiment):
         return look("capsule", radius, rgba, fromto=fromto)
 
     if embodiment == "robot":
-        pad, palm = GREEN, look("box", (0.030, 0.070, 0.016), STEEL, 0.3, pos=(0, 0, 0.045))
+        rgba, palm = GREEN, look("box", (0.030, 0.070, 0.016), STEEL, 0.3, pos=(0, 0, 0.045))
         left, right = (look("box", (0.011, 0.005, 0.03), GREEN, pos=(0, y, 0.085)) for y in (0.006, -0.006))
     else:
-        pad, palm = UNSEEN, look("ellipsoid", (0.045, 0.05, 0.022), SKIN, 0.3, pos=(-0.005, 0, 0.035))
+        rgba, palm = UNSEEN, look("ellipsoid", (0.045, 0.05, 0.022), SKIN, 0.3, pos=(-0.005, 0, 0.035))
         palm += bone(0.026, 0, 0, 0.03, 0.10, 0, -0.05)                         # forearm
         palm += bone(0.037, 0.10, 0, -0.05, 0.34, 0, -0.26, rgba=SLEEVE)
         left = "".join(                                                         # four fingers
@@ -1610,8 +1610,9 @@ def tool_xml(embodiment):
     for side, sign, shape in (("left", 1, left), ("right", -1, right)):
         joint = tag("joint", name=side, type="slide", axis=(0, sign, 0), range=(0, OPENING), damping=100,
                     armature=0.1)
-        xml += tag("body", joint, solid("box", (0.017, 0.006, 0.020), pad, 0.05, friction="1.5 .03 .001",
-                                        pos=(0, sign * 0.006, TOOL - 0.008)), shape, name=side, gravcomp=1)
+        pad = solid("box", (0.017, 0.006, 0.020), rgba, 0.05, pos=(0, sign * 0.006, TOOL - 0.008),
+                    friction="1.5 .03 .001")
+        xml += tag("body", joint, pad, shape, name=side, gravcomp=1)
     return xml
 
 
@@ -1886,7 +1887,7 @@ class TwinEnv:
         """Joint values (6,) that bring the tool to a pose, the arm's close to q; None if there are none."""
         if self.embodiment == "robot":
             q, residual = inverse_kinematics(position, rotation, q)
-        else:       # the hinges turn the hand about the tool: Rz Ry Rx TOOL_DOWN
+        else:       # slides move the hand's flange, hinges turn it: rotation = Rz Ry Rx TOOL_DOWN
             angles = Rotation.from_matrix(rotation @ TOOL_DOWN.T).as_euler("ZYX")
             q, residual = np.append(position - TOOL * (rotation[:, 2] + [0, 0, 1]), angles), 0.0
         return q if residual < 1e-3 and (np.abs(q) <= self.model.jnt_range[:6, 1]).all() else None
