@@ -6,17 +6,16 @@
                                             |  (B, n, Z)  proprioception        new last layer
     o_t ---------------------------> [ world model ] --> o_t+1 ... o_t+n
 
-One tensor joins the two models: the latent actions z (B, n, Z). WorldModel.loss is differentiable in it, so
-the gradient of the video prediction error flows through z into the policy. A policy does not know the world
-model, and the world model does not know the policy.
+One tensor joins the two models: the latent actions z (B, n, Z). The gradient of WorldModel.loss flows
+through z into the policy. Apart from z, neither model knows the other.
 
     (Eq. 1) recurrent state   RSSM.sequence           (Eq. 5) world-model loss   WorldModel.loss
     (Eq. 2) posterior         RSSM.posterior          (Eq. 6) BAKU's objective   Policy.loss
     (Eq. 3) prior             RSSM.prior              (Eq. 7) diffusion loss     DiffusionPolicy.loss
     (Eq. 4) decoder           WorldModel.decode       (Eq. 8, 9) are in cca.py
 
-Sections: text, normaliser, images and observations, policies, world model, chunk execution, linear probe, and
-last the bookkeeping of runs (errors, files, checkpoints, logs). `python models.py` prints all sizes.
+Sections: text, normaliser, observations, policies, world model, chunk execution, linear probe, and last the
+bookkeeping of runs (errors, files, checkpoints, logs). `python models.py` prints the size of every model.
 
 Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action width, A action width,
 P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,
@@ -37,6 +36,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -52,18 +52,17 @@ from tqdm import tqdm
 
 
 class TextEncoder:
-    """Frozen text encoder: list of B str -> (B, L) float32 array.
+    """Frozen text encoder: list of B str -> (B, L) float32 array. InputError if it cannot be loaded.
 
     hash    words and pairs of neighbouring words, hashed into 512 signed counts: no weights, no download, no
             knowledge of synonyms
-    minilm  sentence-transformers/all-MiniLM-L6-v2, 384 numbers, as in the original BAKU
-    clip    text tower of openai/clip-vit-base-patch32, 512 numbers (UPSTREAM: the release uses this one)
+    minilm  sentence-transformers/all-MiniLM-L6-v2, as in the original BAKU
+    clip    text tower of openai/clip-vit-base-patch32 (UPSTREAM: the release uses this one)
 
-    `transformers` loads the last two from its cache, or from the folder that the environment variable
-    TEXT_ENCODER_FOLDER names. InputError when it cannot.
+    `transformers` loads the last two from a local folder of that name, from its cache, or from the hub.
     """
     HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "clip": "openai/clip-vit-base-patch32"}
-    DIM = {"hash": 512, "minilm": 384, "clip": 512}
+    DIM = {"hash": 512, "minilm": 384, "clip": 512}                                   # L
 
     def __init__(self, name="hash"):
         if name not in self.DIM:
@@ -71,44 +70,39 @@ class TextEncoder:
         self.name, self.cache = name, {}
         if name == "hash":
             return
-        source = os.environ.get("TEXT_ENCODER_FOLDER") or self.HUB[name]
         try:
             from transformers import AutoModel, AutoTokenizer, CLIPTextModelWithProjection
             model = CLIPTextModelWithProjection if name == "clip" else AutoModel
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model = model.from_pretrained(source).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(self.HUB[name])
+            self.model = model.from_pretrained(self.HUB[name]).eval()
         except (ImportError, RuntimeError, OSError, ValueError) as e:
-            raise InputError(f"cannot load the text encoder {name} from {source}: pip install transformers, "
-                             "or download it and type TEXT_ENCODER_FOLDER=FOLDER before the command "
-                             f"({str(e).splitlines()[0][:80]})") from e
+            raise InputError(f"cannot load the text encoder {name}: pip install transformers, and download "
+                             f"{self.HUB[name]} ({str(e).splitlines()[0][:80]})") from e
 
     def __call__(self, texts):
         """list of B str -> (B, L) float32. Each text is embedded on its own, once per process."""
         for text in texts:
             if text not in self.cache:
-                self.cache[text] = self._hash(text) if self.name == "hash" else self._embed(text)
+                self.cache[text] = self.hashed(text) if self.name == "hash" else self.embedded(text)
         return np.stack([self.cache[text] for text in texts])
 
-    @torch.no_grad()
-    def _embed(self, text):
-        output = self.model(**self.tokenizer([text], truncation=True, return_tensors="pt"))
-        if self.name == "clip":
-            return output.text_embeds[0].float().numpy()
-        return F.normalize(output.last_hidden_state.mean(1))[0].float().numpy()
-
-    def _hash(self, text):
+    def hashed(self, text):
         words, vector = re.findall(r"\w+", text.lower()), np.zeros(self.DIM["hash"])
-        # The empty instruction counts as one word: a zero vector would leave the layer behind it untrained.
+        # The empty instruction counts as one word: a zero vector would leave the next layer untrained.
         for gram in words + [f"{a} {b}" for a, b in zip(words, words[1:])] or [""]:
             code = zlib.crc32(gram.encode())
             vector[code % len(vector)] += 1.0 if code >> 31 else -1.0
         return (vector / max(np.linalg.norm(vector), 1e-6)).astype(np.float32)
 
+    @torch.no_grad()
+    def embedded(self, text):
+        output = self.model(**self.tokenizer([text], truncation=True, return_tensors="pt"))
+        if self.name == "clip":
+            return output.text_embeds[0].float().numpy()
+        return F.normalize(output.last_hidden_state.mean(1))[0].float().numpy()
 
-@functools.cache
-def text_encoder(name):
-    """The TextEncoder of this name. All policies of a process share it; it is not part of their weights."""
-    return TextEncoder(name)
+
+text_encoder = functools.cache(TextEncoder)     # all policies of a process share it, outside their weights
 
 
 # ---- normaliser -------------------------------------------------------------------------------------------
@@ -117,8 +111,8 @@ def text_encoder(name):
 class Normalizer(nn.Module):
     """Maps each dimension from [low, high] to [-1, 1] and back: (..., dim) -> (..., dim).
 
-    The limits come from the finetuning data and are stored with the weights. A constant dimension maps to 0,
-    and every number maps back to the constant.
+    The limits come from the finetuning data and are stored with the weights. A constant dimension maps to 0
+    and back to the constant.
     """
 
     def __init__(self, dim):
@@ -136,16 +130,14 @@ class Normalizer(nn.Module):
         return (x - (self.high + self.low) / 2) / torch.where(half > 1e-6, half, 1)
 
     def unnormalize(self, x):
-        half = (self.high - self.low) / 2
-        return x * torch.where(half > 1e-6, half, 0) + (self.high + self.low) / 2
+        return x * ((self.high - self.low) / 2) + (self.high + self.low) / 2
 
 
-# ---- images and observations ------------------------------------------------------------------------------
+# ---- observations -----------------------------------------------------------------------------------------
 
 
 def shrink(frame, size, rule):
-    """(H, W, 3) uint8 -> (size, size, 3) uint8. rule: squash (changes the aspect ratio) or crop (keeps the
-    centre square).
+    """Resize (H, W, 3) uint8 -> (size, size, 3) uint8. rule: squash, or crop to the centre square before.
 
     UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and therefore aliases. Here
     the filter is antialiased; torch's is four times as fast as OpenCV's INTER_AREA.
@@ -163,18 +155,17 @@ def shrink(frame, size, rule):
 
 
 def batch_observations(observations, instructions, policy):
-    """Observations of B environments -> obs on the policy's device, with only its cameras and modalities.
+    """Observations of B environments, list of B str -> obs (see Policy) on the policy's device.
 
-    observations  list of B {"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,)}, and optionally "noise"
-                  (n, A) for policies that sample (see Policy)
-    instructions  list of B str
+    observations: list of B {"images": {camera: (H, W, 3) uint8 RGB}, "proprio": (P,), "noise": (n, A)}; noise
+    is optional. Cameras and proprioception that the policy does not use are left out.
     ASSUMPTION: the policy sees frames as rendered. Its training frames went through JPEG (quality 95).
     """
     def tensor(rows):
         return torch.from_numpy(np.stack(rows)).to(next(policy.parameters()).device)
 
     images = {c: tensor([o["images"][c] for o in observations]).permute(0, 3, 1, 2)   # (B, 3, H, W)
-              for c in policy.cameras if all(c in o["images"] for o in observations)}
+              for c in policy.cameras if c in observations[0]["images"]}
     obs = {"images": images, "instruction": list(instructions)}
     if policy.config["proprio_dim"]:
         obs["proprio"] = tensor([np.asarray(o["proprio"], np.float32) for o in observations])        # (B, P)
@@ -184,12 +175,12 @@ def batch_observations(observations, instructions, policy):
 
 
 def by_position(obs, cameras):
-    """Rename the cameras of obs to `cameras`, in order: the first camera of each dataset is its main view."""
+    """Rename the cameras of obs in order: the first camera of every dataset is its main view."""
     return {**obs, "images": dict(zip(cameras, obs["images"].values()))}
 
 
 def random_shift(images, pixels):
-    """Augmentation: shift each sample (all its frames alike) by up to `pixels` in x and y; edges repeat:
+    """Augmentation: shift each sample, all its frames alike, by up to `pixels` in x and y; edges repeat:
     (B, ..., H, W) -> the same shape."""
     if not pixels:
         return images
@@ -205,8 +196,8 @@ def colour_jitter(images, strength):
     1 +- strength: (B, 3, H, W) uint8 -> the same. UPSTREAM: also the hue, and one factor for the batch."""
     if not strength:
         return images
-    brightness, contrast, saturation = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1,
-                                                                      device=images.device) - 1)
+    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1)
+    brightness, contrast, saturation = factors                                        # (B, 1, 1, 1) each
     x = images.float() * brightness
     mean = x.mean((1, 2, 3), keepdim=True)                                            # (B, 1, 1, 1)
     x = mean + contrast * (x - mean)
@@ -238,10 +229,9 @@ class FiLMBlock(nn.Module):
 
 
 class ResNet18FiLM(nn.Module):
-    """One image -> one token: the first half of ResNet-18 (stem, stages 1 and 2) with FiLM, then a spatial
-    softmax, which turns each feature map into the expected x and y of its activation.
+    """One image -> one token: the first half of ResNet-18 (stem, stages 1 and 2; UPSTREAM: the same) with
+    FiLM, then a spatial softmax, which turns each feature map into the expected x and y of its activation.
 
-    UPSTREAM: the release also uses these two stages; the whole ResNet-18 alone has 11M parameters, BAKU 7M.
     DEVIATION: no ImageNet weights, so nothing needs a download. Images below 128 pixels skip the max-pooling
     of the stem, so that the last feature map has at least 16 x 16 cells: grasping depends on localisation.
     """
@@ -306,16 +296,15 @@ class TransformerBlock(nn.Module):
 
 
 class ObservationTokens(nn.Module):
-    """Preprocessed obs (see Policy.preprocess) -> (B, tokens, E): instruction, one token per camera, proprio.
+    """Preprocessed obs (see Policy.features) -> (B, tokens, E): instruction, one token per camera, proprio.
 
-    One ResNet, modulated by the instruction, encodes the images of all cameras. A learned vector per camera
-    tells them apart.
+    The cameras share one ResNet, modulated by the instruction; a learned vector per camera tells them apart.
     """
 
     def __init__(self, config):
         super().__init__()
         width = config["width"]
-        self.cameras, self.proprio_dropout = list(config["cameras"]), config["proprio_dropout"]
+        self.cameras, self.proprio_dropout = config["cameras"], config["proprio_dropout"]
         self.instruction_encoder = nn.Linear(TextEncoder.DIM[config["text_encoder"]], width)
         self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
         self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
@@ -330,14 +319,17 @@ class ObservationTokens(nn.Module):
         seen = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))   # (cameras*B, E)
         tokens = [instruction] + [x + e for x, e in zip(seen.split(len(instruction)), self.camera_embedding)]
         if hasattr(self, "proprio_encoder"):
-            proprio = self.proprio_encoder(obs["proprio"])
+            proprio = self.proprio_encoder(obs["proprio"])                            # (B, E)
             if self.training and self.proprio_dropout:
-                # The whole token of a sample is dropped; otherwise the policy learns to extrapolate from its
-                # own pose instead of looking at the images.
+                # Drop the token of whole samples; otherwise the policy learns to extrapolate from its own
+                # pose instead of looking at the images.
                 kept = torch.rand(len(proprio), 1, device=proprio.device) >= self.proprio_dropout
                 proprio = proprio * kept
             tokens.append(proprio)
         return torch.stack(tokens, 1)
+
+
+# ---- policies ---------------------------------------------------------------------------------------------
 
 
 def masked_mean(x, is_pad):
@@ -347,29 +339,24 @@ def masked_mean(x, is_pad):
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
-# ---- policies ---------------------------------------------------------------------------------------------
-
-
 class Policy(nn.Module):
     """Base class of all policies. The scripts call latent_actions(obs), loss(batch) and act(obs).
 
     obs = {"images": {camera: (B, 3, H, W) uint8}, "instruction": list of B str, "proprio": (B, P) float32}
     A modality that a dataset lacks is absent: never zeros, never a second copy of the same camera. In
-    rollouts obs may have "noise" (B, n, A), standard normal, which a policy that samples uses instead of
-    drawing its own, so that a rollout can be repeated.
+    rollouts obs may have "noise" (B, n, A), standard normal, for policies that sample, so that the rollout
+    can be repeated.
 
-    config["head"] says what the head, the last layer of the network, produces:
+    config["head"] says what the last layer of the network produces:
         latent  latent actions (B, n, Z) for the world model (stage 1)
         action  actions (B, n, A), by a new last layer (stage 2, the paper's choice)
         add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative)
     The other keys are policy (name in POLICIES), cameras, image_size, chunk, text_encoder, proprio_dim (or
     None), action_dim (or None), latent_dim, latent_norm, proprio_dropout, and one entry of the class's SIZES.
 
-    To add a policy: write a subclass with SIZES (including "width", E) and features(obs) -> (B, E), and enter
-    it in POLICIES; everything else is inherited. With PER_STEP = True features are (B, n, E), one row per
-    action. Diffusion Policy overrides to_latents, loss and act as well. Names of parameters matter:
-    finetuning may add those that start with action_, proprio_, camera_ or style_ and drop those that start
-    with latent_; all others must be in the pretrained checkpoint (init_from_pretrained).
+    A new policy needs SIZES (with "width", E), features(obs) -> (B, E), and an entry in POLICIES; it inherits
+    everything else. With PER_STEP = True features are (B, n, E), one row per action. Names of parameters
+    matter: finetuning may add or drop only those that init_from_pretrained lists.
     """
 
     SIZES = {}          # name -> the entries of config that this class adds
@@ -383,12 +370,12 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
         text_encoder(config["text_encoder"])        # load it now, so that an error comes before the training
-        self.chunk, self.cameras, self.head = config["chunk"], list(config["cameras"]), config["head"]
-        if self.head in ("latent", "add"):
+        self.chunk, self.cameras, self.head = config["chunk"], config["cameras"], config["head"]
+        if self.head != "action":
             latents = self.chunk * config["latent_dim"]
             self.latent_norm = (nn.BatchNorm1d(latents, affine=False) if config["latent_norm"]
                                 else nn.Identity())
-        if self.head in ("action", "add"):
+        if self.head != "latent":
             self.action_norm = Normalizer(config["action_dim"])
         if config["proprio_dim"]:
             self.proprio_norm = Normalizer(config["proprio_dim"])
@@ -397,51 +384,39 @@ class Policy(nn.Module):
     def last_layers(self, latent, action):
         """Create the last layer. Everything before it keeps its weights from stage to stage."""
         width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
-        if self.head in ("latent", "add"):     # a bias would be cancelled by the BatchNorm
+        if self.head != "action":       # a bias would be cancelled by the BatchNorm
             self.latent_out = nn.Linear(width, rows * latent, bias=not self.config["latent_norm"])
-        if self.head in ("action", "add"):
+        if self.head != "latent":
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
     def features(self, obs):
-        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP. Here obs["instruction"] is no longer a list
-        of words but their embedding (B, L), and obs["proprio"] is normalised."""
+        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP. Here obs["instruction"] is the embedding of
+        the words (B, L), and obs["proprio"] is normalised."""
         raise NotImplementedError
-
-    def check(self, obs):
-        """InputError when obs is not what the policy was made for."""
-        missing = [c for c in self.cameras if c not in obs["images"]]
-        if missing:
-            raise InputError(f"the policy needs the cameras {self.cameras}, the observation has "
-                             f"{sorted(obs['images'])}")
-        b, _, _, size = obs["images"][self.cameras[0]].shape
-        if size != self.config["image_size"]:
-            raise InputError(f"the policy needs images of {self.config['image_size']} pixels, got {size}: "
-                             f"prepare the data with --image-size {self.config['image_size']}")
-        if isinstance(obs["instruction"], str) or len(obs["instruction"]) != b:
-            raise InputError(f"{b} observations need a list of {b} instructions, got {obs['instruction']!r}")
-        if self.config["proprio_dim"] and "proprio" not in obs:
-            raise InputError("the policy was finetuned with proprioception, the observation has none")
 
     def preprocess(self, obs):
         """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception. No
-        other path leads into the network."""
-        self.check(obs)
+        other path leads into the network. InputError when obs is not what the policy was made for."""
+        if not set(self.cameras) <= set(obs["images"]):
+            raise InputError(f"the policy needs the cameras {self.cameras}, the observation has "
+                             f"{sorted(obs['images'])}")
+        image, wanted = obs["images"][self.cameras[0]], self.config["image_size"]
+        if image.shape[-1] != wanted:
+            raise InputError(f"the policy needs images of {wanted} pixels, got {image.shape[-1]}: prepare "
+                             f"the data with --image-size {wanted}")
+        if isinstance(obs["instruction"], str) or len(obs["instruction"]) != len(image):
+            raise InputError(f"{len(image)} observations need a list of {len(image)} instructions, got "
+                             f"{obs['instruction']!r}")
         text = torch.from_numpy(text_encoder(self.config["text_encoder"])(obs["instruction"]))
-        obs = {**obs, "instruction": text.to(obs["images"][self.cameras[0]].device)}
+        obs = {**obs, "instruction": text.to(image.device)}
         if self.config["proprio_dim"]:
+            if "proprio" not in obs:
+                raise InputError("the policy was finetuned with proprioception, the observation has none")
             obs["proprio"] = self.proprio_norm.normalize(obs["proprio"])
         return obs
 
     def encode(self, obs):
         return self.features(self.preprocess(obs))
-
-    def squash(self, z):
-        """Bound latent actions, as the world model expects: (B, n, Z) -> (B, n, Z) in (-1, 1).
-
-        DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
-        tanh alone they collapse to a constant or saturate in models of this size.
-        """
-        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
@@ -454,6 +429,14 @@ class Policy(nn.Module):
     def to_latents(self, features):
         """Features -> latent actions (B, n, Z)."""
         return self.squash(self.latent_out(features).view(-1, self.chunk, self.config["latent_dim"]))
+
+    def squash(self, z):
+        """Bound latent actions, as the world model expects: (B, n, Z) -> (B, n, Z) in (-1, 1).
+
+        DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
+        tanh alone they collapse to a constant or saturate in models of this size.
+        """
+        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
     def to_actions(self, features):
         """Features -> normalised actions (B, n, A)."""
@@ -487,9 +470,9 @@ class BAKU(Policy):
     """BAKU (Haldar et al. 2024) as LAWM uses it: observation tokens and one learned query go through a
     transformer; an MLP turns the query's output into a chunk of n actions.
 
-    UPSTREAM: causal attention. Without a history of observations, and with the query last, it is equivalent.
+    UPSTREAM: causal attention, which is equivalent without a history and with the query last.
     """
-    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),     # about 7M parameters
+    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),
              "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}      # for two CPU cores
 
     def __init__(self, config):
@@ -512,12 +495,11 @@ class ACT(Policy):
     """ACT (Zhao et al. 2023): a transformer decoder with n learned queries, one per action.
 
     In finetuning it is a conditional VAE: an encoder compresses the demonstrated chunk into a style, and the
-    decoder reconstructs the chunk from the observation and the style. In rollouts the style is 0, the mean of
-    its prior. Pretraining has no actions to encode; finetuning adds the style modules.
+    decoder reconstructs the chunk from the observation and the style. In rollouts and in pretraining the
+    style is 0, the mean of its prior.
 
-    DEVIATION: the original averages its loss over padded steps as well, builds seven decoder layers but uses
-    one, and gives the KL a weight of 10, with which the style collapses (tested). Here a camera is one token,
-    not its feature map.
+    DEVIATION: padded steps are masked, all decoder layers are used (the original builds seven and uses one),
+    and a camera is one token, not its feature map.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
                            style=32),                   # as in the original; LAWM's paper has no ACT
@@ -528,6 +510,7 @@ class ACT(Policy):
         super().__init__(config)
         width, block = config["width"], (config["width"], config["heads"], config["dropout"])
         # The evidence bound of a Laplace likelihood is sum |a - mean| + KL; l1 below is a mean, not the sum.
+        # DEVIATION: the original's weight is 10, with which the style collapses (tested).
         self.kl_weight = 1 / (config["chunk"] * (config["action_dim"] or 1))
         self.tokens = ObservationTokens(config)
         self.encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
@@ -535,7 +518,7 @@ class ACT(Policy):
         self.decoder = nn.ModuleList([TransformerBlock(*block, memory=True)
                                       for _ in range(config["decoder_layers"])])
         self.norm = nn.LayerNorm(width)
-        if self.head != "latent":
+        if self.head != "latent":                       # pretraining has no actions to encode
             self.style_action_in = nn.Linear(config["action_dim"], width)
             self.style_token = nn.Parameter(0.02 * torch.randn(width))
             self.style_places = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
@@ -606,10 +589,10 @@ class DiffusionPolicy(Policy):
 
     def __init__(self, config):
         super().__init__(config)
-        shortest = 2 ** (len(config["down"]) - 1)
+        shortest = 2 ** (len(config["down"]) - 1)       # the U-Net halves the chunk at every level but one
         if self.chunk % shortest:
-            raise InputError(f"--chunk of the diffusion policy must be a multiple of {shortest}, because its "
-                             f"U-Net halves it {len(config['down']) - 1} times; got {self.chunk}")
+            raise InputError(f"--chunk of the diffusion policy must be a multiple of {shortest}, "
+                             f"got {self.chunk}")
         self.tokens = ObservationTokens(config)
         # A sum of one linear layer per camera, which equals one layer on their concatenation. A camera that
         # stage 2 adds is then a new layer, and the others keep their weights.
@@ -627,9 +610,9 @@ class DiffusionPolicy(Policy):
     def last_layers(self, latent, action):
         """ASSUMPTION: the "last layer" includes the first, because both meet latent actions or actions."""
         first = self.config["down"][0]
-        if self.head in ("latent", "add"):
+        if self.head != "action":
             self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
-        if self.head in ("action", "add"):
+        if self.head != "latent":
             inner = first if self.head == "action" else latent
             self.action_in, self.action_out = nn.Linear(action, inner), nn.Linear(inner, action)
 
@@ -642,17 +625,17 @@ class DiffusionPolicy(Policy):
     def noise(self, condition, width):
         """Initial noise (B, n, width): drawn in training; in eval mode always the same, so that latents and
         actions are functions of the observation."""
-        shape, device = (self.chunk, width), condition.device
+        b, device = len(condition), condition.device
         if self.training:
-            return torch.randn(len(condition), *shape, device=device)
-        fixed = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return fixed.to(device).expand(len(condition), -1, -1)
+            return torch.randn(b, self.chunk, width, device=device)
+        fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
+        return fixed.to(device).expand(b, -1, -1)
 
     def velocity(self, x, tau, condition, latent=False):
         """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); latent: Z instead of A."""
         half = self.config["step_width"] // 2
-        angles = tau[:, None] * torch.exp(-math.log(10_000) / (half - 1) * torch.arange(
-            half, device=x.device))                                                   # (B, step_width / 2)
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
+        angles = tau[:, None] * frequencies                                           # (B, step_width / 2)
         step = self.step_encoder(torch.cat([angles.sin(), angles.cos()], -1))
         through_latents = latent or self.head == "add"
         if not latent:
@@ -669,19 +652,19 @@ class DiffusionPolicy(Policy):
         ab = self.alpha_bar[tau][:, None, None]
         return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
 
-    def sample(self, x, steps, velocity):
-        """DDIM sampler (Song et al. 2021): noise x (B, n, A) -> chunk (B, n, A) in [-1, 1].
+    def sample(self, x, velocity):
+        """DDIM sampler (Song et al. 2021): noise x (B, n, A), velocity(x, tau (B,)) -> v ->
+        chunk (B, n, A) in [-1, 1].
 
-        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step and ^a is clipped to [-1, 1];
-        velocity(x, tau (B,)) -> v.
+        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step and ^a is clipped to [-1, 1].
         """
-        taus = torch.linspace(self.STEPS - 1, 0, steps).round().long().tolist()
-        for i, tau in enumerate(taus):
+        taus = torch.linspace(self.STEPS - 1, 0, self.SAMPLER_STEPS).round().long().tolist()
+        for tau, after in zip(taus, [*taus[1:], None]):
             tau = torch.full((len(x),), tau, device=x.device)
             a, noise = self.split(x, tau, velocity(x, tau))
             a = a.clamp(-1, 1)
-            if i + 1 < steps:
-                ab = self.alpha_bar[taus[i + 1]]
+            if after is not None:
+                ab = self.alpha_bar[after]
                 x = ab.sqrt() * a + (1 - ab).sqrt() * noise
         return a
 
@@ -709,7 +692,7 @@ class DiffusionPolicy(Policy):
         assert not self.training, "act() is for rollouts: call policy.eval() first"
         condition = self.encode(obs)
         x = obs["noise"] if "noise" in obs else self.noise(condition, self.config["action_dim"])
-        x = self.sample(x, self.SAMPLER_STEPS, lambda x, tau: self.velocity(x, tau, condition))
+        x = self.sample(x, lambda x, tau: self.velocity(x, tau, condition))
         return self.action_norm.unnormalize(x)
 
 
@@ -748,12 +731,11 @@ class UNet1D(nn.Module):
 
     def forward(self, x, cond):
         skips = []
-        for i, blocks in enumerate(self.down):
+        for blocks, halving in zip(self.down, [*self.halvings, nn.Identity()]):
             for block in blocks:
                 x = block(x, cond)
             skips.append(x)                                                           # (B, C_i, n / 2^i)
-            if i < len(self.halvings):
-                x = self.halvings[i](x)
+            x = halving(x)
         for block in self.middle:
             x = block(x, cond)
         for blocks, doubling in zip(self.up, self.doublings):
@@ -768,7 +750,7 @@ POLICIES = {"baku": BAKU, "diffusion": DiffusionPolicy, "act": ACT}
 
 
 def make_policy(config):
-    """A new policy with random weights, from its plain-data config (see Policy)."""
+    """Plain-data config (see Policy) -> new policy with random weights."""
     return POLICIES[config["policy"]](config)
 
 
@@ -780,8 +762,7 @@ def make_policy(config):
 #                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
 #                                       +--> decoder (Eq. 4): draws o_t+1 from h and either of the two s
 
-# The sizes of DreamerV3 (Hafner et al. 2023), where a name is the size of a whole agent. `python models.py`
-# prints what the world model alone has.
+# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent.
 WORLD_MODEL_SIZES = {
     "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
     "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
@@ -835,7 +816,7 @@ class RSSM(nn.Module):
     def __init__(self, size, embed_dim, action_dim):
         super().__init__()
         deter, hidden, self.blocks = size["deter"], size["hidden"], size["blocks"]
-        self.deter, self.stoch, self.classes = deter, size["stoch"], size["classes"]
+        self.stoch, self.classes = size["stoch"], size["classes"]
         flat = self.stoch * self.classes
         self.in_deter, self.in_stoch, self.in_action = (
             dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden))
@@ -844,11 +825,6 @@ class RSSM(nn.Module):
         self.gates = BlockLinear(self.blocks, deter // self.blocks, 3 * deter // self.blocks)
         self.posterior_net = nn.Sequential(dense(deter + embed_dim, hidden), nn.Linear(hidden, flat))
         self.prior_net = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), nn.Linear(hidden, flat))
-
-    def initial(self, batch, device):
-        """The state before any frame: h = 0, s = 0."""
-        return {"deter": torch.zeros(batch, self.deter, device=device),
-                "stoch": torch.zeros(batch, self.stoch, self.classes, device=device)}
 
     def sequence(self, state, action):
         """(Eq. 1)  h_k+1 = f(h_k, s_k, z_k), a block-diagonal GRU: state, (B, Z) -> (B, D)."""
@@ -930,52 +906,41 @@ def optical_flow(grey):
     half = F.avg_pool2d(grey.flatten(0, 2)[:, None], 2)[:, 0].unflatten(0, grey.shape[:3])
     half = (255 * half).to("cpu", torch.uint8).numpy()                                # (B, n+1, V, H/2, W/2)
     flow = [[[cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 9, 3, 5, 1.1, 0)
-              for before, after in zip(clip[k], clip[k + 1])] for k in range(len(clip) - 1)] for clip in half]
+              for before, after in zip(*pair)] for pair in zip(clip, clip[1:])] for clip in half]
     return torch.from_numpy(np.array(flow)).to(grey.device).movedim(-1, 3).flatten(2, 3)
 
 
 def image_channels(size, image_size):
     """Channels of the convolutions that reduce an image to 4 x 4, one entry per layer."""
-    layers = int(math.log2(image_size)) - 2
-    if 4 * 2 ** layers != image_size or not 2 <= layers <= 5:
+    if image_size not in (16, 32, 64, 128):
         raise InputError(f"the world model takes images of 16, 32, 64 or 128 pixels, got {image_size}")
+    layers = int(math.log2(image_size)) - 2
     # DreamerV3's multipliers for 64 pixels. ASSUMPTION: one more, thin layer for 128 (the paper is silent).
     return [WORLD_MODEL_SIZES[size]["depth"] * m for m in (1, 2, 3, 4, 4)[-layers:]]
 
 
-def convolutions(c_in, channels):
-    """Encoder, each layer halves height and width: (B, c_in, H, W) -> (B, 16 * channels[-1])."""
-    layers = []
-    for c in channels:
+def convolutions(layer, channels):
+    """Layers between these numbers of channels, each of which halves (nn.Conv2d) or doubles
+    (nn.ConvTranspose2d) height and width -> list of modules."""
+    modules = []
+    for c_in, c_out in zip(channels, channels[1:]):
         # ASSUMPTION: norm over channels and pixels (DreamerV3: over a pixel's channels), because it is fast.
-        layers += [nn.Conv2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
-        c_in = c
-    return nn.Sequential(*layers, nn.Flatten())
+        modules += [layer(c_in, c_out, 4, 2, 1, bias=False), nn.GroupNorm(1, c_out), nn.SiLU()]
+    return modules
 
 
 class WorldModel(nn.Module):
     """Predicts o_t+1 ... o_t+n from o_t and n actions: an RSSM with a convolutional encoder and decoder.
 
-    It takes any actions (B, n, Z): latent, true, shuffled or zero. o_t is the context: its posterior is the
-    first state, so that every action has an effect, the first one included.
+    It takes any actions (B, n, Z): latent, true, shuffled or zero. The first state is the posterior of o_t,
+    so every action has an effect, the first one included.
     UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t has no effect. It copies the
     actions with torch.tensor(), which detaches them, so no gradient reaches its policy.
 
-    config, plain data:
-        size           name in WORLD_MODEL_SIZES
-        image_size     16, 32, 64 or 128
-        action_dim     Z
-        predict        states that frames are decoded from: posterior (they have seen the frame; the paper and
-                       DreamerV3), prior (open loop, from o_t and the actions alone), or both
-        target         what is decoded, a name in TARGETS; the paper: pixels
-        motion_weight  extra weight of what differs from a still video; the paper: 0
-        free_bits      nats of KL that are not penalised; DreamerV3: 1
-        dyn_scale      weight of the KL that trains the prior; DreamerV3 and the release: 0.5
-        rep_scale      weight of the KL that trains the posterior; DreamerV3 and the release: 0.1
-        decode_steps   how many of the n frames are decoded per training step, drawn at random; 0 = all (the
-                       paper). The expected loss is the same, at less than half the cost
-        context_frame  False: o_t is not seen, and the first state is h = 0, s = 0
-        views          V camera views, concatenated as channels; the paper: 1
+    config, plain data: size, context_frame, target, predict, motion_weight, free_bits and decode_steps as in
+    `python pretrain.py --help`; image_size; action_dim Z; views V, which are concatenated as channels;
+    dyn_scale and rep_scale, the weights of the KL that trains the prior and of the one that trains the
+    posterior (DreamerV3 and the release: 0.5 and 0.1).
     """
 
     def __init__(self, config):
@@ -984,18 +949,17 @@ class WorldModel(nn.Module):
         size = WORLD_MODEL_SIZES[config["size"]]
         channels = image_channels(config["size"], config["image_size"])
         embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
-        self.encoder = convolutions(3 * config["views"], channels)
+        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten())
         self.rssm = RSSM(size, embed, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
-        if halved > len(channels) - 1:
+        if halved >= len(channels):
             raise InputError(f"images of {config['image_size']} pixels are too small for --target "
                              f"{config['target']}: use larger images, or --target pixels")
-        self.decoder_in, layers, c_in = nn.Linear(feature, embed), [], channels[-1]
-        for c in channels[-2::-1][:len(channels) - 1 - halved]:
-            layers += [nn.ConvTranspose2d(c_in, c, 4, 2, 1, bias=False), nn.GroupNorm(1, c), nn.SiLU()]
-            c_in = c
-        layers.append(nn.ConvTranspose2d(c_in, c_out * config["views"], 4, 2, 1))
-        self.decoder = nn.Sequential(*layers, nn.Sigmoid() if config["target"] == "pixels" else nn.Identity())
+        self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
+        self.decoder = nn.Sequential(
+            *convolutions(nn.ConvTranspose2d, channels),
+            nn.ConvTranspose2d(channels[-1], c_out * config["views"], 4, 2, 1),
+            nn.Sigmoid() if config["target"] == "pixels" else nn.Identity())
         self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
 
     def embed(self, images):
@@ -1010,19 +974,22 @@ class WorldModel(nn.Module):
         return self.decoder(x).unflatten(0, features.shape[:-1])
 
     def context(self, embed):
-        """The state from which a prediction starts, the posterior of o_t: (B, embed) -> state."""
-        start = self.rssm.initial(len(embed), embed.device)
-        return self.rssm.posterior(start["deter"], embed) if self.config["context_frame"] else start
+        """The first state: embedded o_t (B, embed) -> its posterior; without a context frame h = 0, s = 0."""
+        size = WORLD_MODEL_SIZES[self.config["size"]]
+        deter = embed.new_zeros(len(embed), size["deter"])
+        if self.config["context_frame"]:
+            return self.rssm.posterior(deter, embed)
+        return {"deter": deter, "stoch": embed.new_zeros(len(embed), size["stoch"], size["classes"])}
 
     def observe(self, images, actions):
         """Posteriors, which see each frame: (B, n+1, 3V, H, W) uint8, (B, n, Z) -> first state (B, ...),
         posteriors (B, n, ...) and priors (B, n, ...) of o_t+1 ... o_t+n."""
-        assert images.shape[1] == actions.shape[1] + 1, (
-            f"{images.shape[1]} frames need {images.shape[1] - 1} actions, got {actions.shape[1]}")
+        frames, n = images.shape[1], actions.shape[1]
+        assert frames == n + 1, f"{frames} frames need {frames - 1} actions, got {n}"
         embed = self.embed(images)
         start = state = self.context(embed[:, 0])
         posteriors, priors = [], []
-        for k in range(actions.shape[1]):
+        for k in range(n):
             deter = self.rssm.sequence(state, actions[:, k])                # action k moves frame k to k + 1
             priors.append(self.rssm.prior(deter))
             state = self.rssm.posterior(deter, embed[:, k + 1])
@@ -1032,8 +999,8 @@ class WorldModel(nn.Module):
     def imagine(self, state, actions):
         """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
         states = []
-        for k in range(actions.shape[1]):
-            state = self.rssm.prior(self.rssm.sequence(state, actions[:, k]))
+        for action in actions.unbind(1):
+            state = self.rssm.prior(self.rssm.sequence(state, action))
             states.append(state)
         return stack_states(states)
 
@@ -1046,7 +1013,7 @@ class WorldModel(nn.Module):
         """
         # (Eq. 5)  L = |o_t - ^o_t|^2 + mean_k [ |o_k - ^o_k|^2
         #              + 0.5 max(1, KL[sg(q) || p]) + 0.1 max(1, KL[q || sg(p)]) ]        (sg: stop gradient)
-        terms = self.losses(images, actions)
+        terms = self.losses(images, actions, self.config["predict"], self.config["decode_steps"])
         logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items() if name != "still"}
         return masked_mean(self.total(terms), is_pad), logs
 
@@ -1057,17 +1024,17 @@ class WorldModel(nn.Module):
         drawn = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
         return kl + sum(terms[name] for name in ("context", *drawn[self.config["predict"]]) if name in terms)
 
-    def losses(self, images, actions, predict=None, decode_steps=None):
+    def losses(self, images, actions, predict, decode_steps):
         """Every term of the loss, per step: images and actions as in loss() -> {name: (B, n)}.
 
+        predict and decode_steps are those of the config in training; a report may ask for more.
         recon, open_loop   squared error of the frames decoded from posteriors and from priors, weighted
         context            squared error of o_t decoded from its posterior (the same number at every step)
         kl_dyn, kl_rep     KL of posterior and prior, with the gradient of the prior or of the posterior
         open_loop_plain, still   for reports, without weight: open_loop, and the error of a still video
-        predict and decode_steps replace those of the config.
         """
-        predict, n = predict or self.config["predict"], actions.shape[1]
-        decode_steps = min(n, (self.config["decode_steps"] if decode_steps is None else decode_steps) or n)
+        n = actions.shape[1]
+        decode_steps = min(n, decode_steps or n)
         start, posteriors, priors = self.observe(images, actions)
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
         still, future = targets(images, self.config["target"])
@@ -1088,9 +1055,9 @@ class WorldModel(nn.Module):
             # scene, and the latent actions only have to say what changes.
             error = (self.decode(start) - still[:, 0]) ** 2                           # (B, C, h, w)
             terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)
-        if predict in ("posterior", "both"):
+        if predict != "prior":
             terms["recon"] = per_step(weight * squared_error(posteriors))
-        if predict in ("prior", "both"):
+        if predict != "posterior":
             # DEVIATION: the open-loop term. A posterior has seen the frame and can be decoded without the
             # action; then only the KL depends on the action, and below the free bits nothing does.
             error = squared_error(self.imagine(start, actions))
@@ -1110,21 +1077,19 @@ class WorldModel(nn.Module):
         elif kind == "features":
             x = x.norm(dim=-3, keepdim=True).expand(*x.shape[:-3], 3, -1, -1)
         elif kind == "flow":
-            x = torch.cat([x / 8 + 0.5, torch.full_like(x[..., :1, :, :], 0.5)], -3)
+            x = F.pad(x, (0, 0, 0, 0, 0, 1)) / 8 + 0.5
         return F.interpolate(x.flatten(0, -4), first.shape[-2:]).unflatten(0, x.shape[:-3]).clamp(0, 1)
 
 
 class InverseDynamics(nn.Module):
     """Latent action z_k from the frames around it, o_k and o_k+1, as in LAPA (Ye et al. 2024): the paper's
-    comparison (Table III). It sees the future, so a policy must then learn to predict its latent actions.
-
-    config: the world model's. Latents are bounded as in Policy.squash, padded steps included.
-    """
+    comparison (Table III). A policy must then learn to predict these latent actions without the future.
+    config: the world model's. Latents are bounded as in Policy.squash, padded steps included."""
 
     def __init__(self, config):
         super().__init__()
         channels = image_channels(config["size"], config["image_size"])
-        self.encoder = convolutions(6 * config["views"], channels)
+        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [6 * config["views"], *channels]), nn.Flatten())
         self.out = nn.Linear(16 * channels[-1], config["action_dim"], bias=False)
         self.norm = nn.BatchNorm1d(config["action_dim"], affine=False)
         self.to(memory_format=torch.channels_last)
@@ -1189,30 +1154,24 @@ class ActionChunker:
 def ridge_probe(X, Y, X_test, episode, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
     """Linear probe by ridge regression: X (N, dx), Y (N, dy), X_test (M, dx) -> predictions (M, dy).
 
-    Columns are standardised with the training rows. episode (N,) names the episode of each row. The ridge is
-    chosen by 5-fold cross-validation over episodes, never over rows, since the rows of an episode are alike.
-    With a single episode there is nothing to validate on, and the ridge is 1.
+    Columns are standardised with the training rows, whose episodes are episode (N,). The ridge is chosen by
+    5-fold cross-validation over episodes, since the rows of an episode are alike; with one episode it is 1.
     """
-    mean_x, mean_y, std_x, std_y = X.mean(0), Y.mean(0), X.std(0), Y.std(0)
+    def solve(x, y, ridge):             # w = (x'x + ridge N)^-1 x'y
+        return np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
+
+    std_x, std_y = X.std(0), np.maximum(Y.std(0), 1e-8)
     std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column becomes 0
-    x, y = (X - mean_x) / std_x, Y - mean_y
-
-    def solve(x, y, ridges):
-        """w = (x'x + ridge N)^-1 x'y = V (l + ridge N)^-1 V'x'y for all ridges, with x'x = V diag(l) V'."""
-        l, V = np.linalg.eigh(x.T @ x)
-        Vxy = V.T @ (x.T @ y)
-        return [V @ (Vxy / (l.clip(min=0) + ridge * len(x))[:, None]) for ridge in ridges]
-
+    x, y = (X - X.mean(0)) / std_x, Y - Y.mean(0)
     episodes, number = np.unique(episode, return_inverse=True)
     folds, ridge = min(5, len(episodes)), 1.0
     if folds > 1:
         fold = np.random.default_rng(0).permutation(len(episodes))[number] % folds    # (N,)
-        errors = np.zeros(len(ridges))
-        for k in range(folds):
-            weights = solve(x[fold != k], y[fold != k], ridges)
-            errors += [(((y - x @ w)[fold == k] / np.maximum(std_y, 1e-8)) ** 2).sum() for w in weights]
-        ridge = ridges[int(errors.argmin())]
-    return (X_test - mean_x) / std_x @ solve(x, y, [ridge])[0] + mean_y
+        inside = [fold != k for k in range(folds)]
+        errors = [sum((((y[~i] - x[~i] @ solve(x[i], y[i], ridge)) / std_y) ** 2).sum() for i in inside)
+                  for ridge in ridges]
+        ridge = ridges[int(np.argmin(errors))]
+    return (X_test - X.mean(0)) / std_x @ solve(x, y, ridge) + Y.mean(0)
 
 
 def r_squared(predicted, true):
@@ -1238,28 +1197,21 @@ def run(main):
     except KeyboardInterrupt:
         message, status = "interrupted; finished work is kept: continue it with --resume", 130
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
-                           errno.EISDIR, errno.EEXIST, errno.EFBIG):
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         message, status = (f"cannot read or write {e.filename or 'a file'}: {e.strerror}; finished work is "
                            "kept: make room or choose another --out, then continue with --resume"), 2
-    for bar in list(getattr(tqdm, "_instances", ())):       # the line must not follow an unfinished bar
-        bar.close()
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and adds "(default: X)" to every option that has a default,
-    unless its help text mentions the default itself."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description and adds the default to the help text of every option that has
+    one, unless the text mentions it itself."""
 
     def _get_help_string(self, action):
-        text, default = action.help or "", action.default
-        if not action.option_strings or "default" in text or any(
-                default is nothing for nothing in (None, False, argparse.SUPPRESS)):
-            return text
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {shown.replace('%', '%%')})"
+        none = action.default is None or action.default is False
+        return action.help if none or "default" in action.help else super()._get_help_string(action)
 
 
 def at_least(args, low, *names):
@@ -1278,9 +1230,8 @@ def write_atomically(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError:
+    finally:
         tmp.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path, value):
@@ -1292,7 +1243,7 @@ def read_json(path):
     """-> the value in a JSON file. InputError when it holds no JSON, OSError when it cannot be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise InputError(f"{path} is not a JSON file ({e}): fetch it or make it again") from None
 
 
@@ -1306,20 +1257,15 @@ def append_line(path, line):
 
 def read_lines(path):
     """-> the lines of a .jsonl file as a list of dicts, empty if there is no file. InputError for a bad line.
-
-    A process that is killed may leave an incomplete last line: it is removed from the file.
-    """
+    An incomplete last line, which a killed process leaves behind, is removed from the file."""
     raw = Path(path).read_bytes() if Path(path).exists() else b""
     whole = raw[:raw.rfind(b"\n") + 1]
     if whole != raw:
         os.truncate(path, len(whole))
-    lines = []
-    for number, text in enumerate(whole.splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            raise InputError(f"{path} line {number} is not JSON: start again with --overwrite") from None
-    return lines
+    try:
+        return [json.loads(text) for text in whole.splitlines()]
+    except ValueError as e:
+        raise InputError(f"{path} has a line that is not JSON ({e}): start again with --overwrite") from None
 
 
 def file_hash(path):
@@ -1329,7 +1275,7 @@ def file_hash(path):
 
 def markdown_table(rows):
     """Rows of strings, the first one the heading -> Markdown table."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
 
@@ -1347,14 +1293,11 @@ def load_checkpoint(path):
         raise InputError(f"no checkpoint at {path}: run the stage before this one, or give its path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        stage, config = checkpoint["stage"], checkpoint["config"]
+        checkpoint["stage"], checkpoint["config"]["text_encoder"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
             AttributeError) as e:
-        raise InputError(f"{path} is not a checkpoint: expected the last.pt of pretrain.py or finetune.py "
-                         f"({type(e).__name__})") from e
-    assert stage in ("pretrain", "finetune"), stage
-    if "text_encoder" not in config:
-        raise InputError(f"{path} was written by an older version of this project: train it again")
+        raise InputError(f"{path} is not a checkpoint that this version can read: expected the last.pt of "
+                         f"pretrain.py or finetune.py ({type(e).__name__})") from e
     return checkpoint
 
 
@@ -1371,18 +1314,18 @@ def load_policy(path, device="cpu", stage=None):
         raise InputError(f"{path} has NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its "
                          "training diverged, train it again")
     policy = make_policy(checkpoint["config"])
-    fit = policy.load_state_dict(checkpoint["policy"], strict=False)
-    if fit.missing_keys or fit.unexpected_keys:
-        raise InputError(f"{path} does not fit its own config: missing {fit.missing_keys[:3]}, "
-                         f"unexpected {fit.unexpected_keys[:3]}")
+    try:
+        policy.load_state_dict(checkpoint["policy"])
+    except RuntimeError as e:
+        raise InputError(f"{path} does not fit its own config: {' '.join(str(e).split())[:200]}") from e
     return policy.to(device).eval(), checkpoint
 
 
 def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
-    New may be the last layer, normalisation, style, further cameras and proprioception; unused may be the old
-    last layer. InputError for anything else, which means another architecture.
+    The last layers, normalisation, style, cameras and proprioception may be new or unused. InputError for
+    anything else, and for a tensor of another shape: the file then has another architecture.
     UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
     not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
@@ -1391,12 +1334,11 @@ def init_from_pretrained(policy, weights, path):
 
     own = policy.state_dict()
     # What touches actions is never copied: their number and units may differ.
-    fresh = [k for k in own if named(k, "action_in", "action_out", "action_norm", "style_action_in")]
-    loaded = [k for k in own if k in weights and k not in fresh and own[k].shape == weights[k].shape]
+    loaded = [k for k in own if k in weights
+              and not named(k, "action_in", "action_out", "action_norm", "style_action_in")]
     new, unused = [k for k in own if k not in loaded], [k for k in weights if k not in loaded]
-    wrong = [k for k in new if k not in fresh and (k in weights or not named(
-        k, "action_", "proprio_", "camera_", "style_"))]
-    wrong += [k for k in unused if k not in new and not named(k, "latent_", "action_", "style_")]
+    wrong = [k for k in loaded if own[k].shape != weights[k].shape] + [
+        k for k in new + unused if not named(k, "action_", "latent_", "style_", "camera_", "proprio_")]
     if wrong:
         theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))
         raise InputError(f"{path} has another architecture: {len(wrong)} tensors do not fit; {wrong[0]} is "
@@ -1412,12 +1354,11 @@ def check_free(folder, held, args):
                          "--out names another folder")
 
 
-def check_same(where, before, now, free=()):
-    """InputError that names the first setting, except those in `free`, in which two dicts differ."""
-    for name in sorted((before.keys() | now.keys()) - set(free)):
+def check_same(where, before, now):
+    """InputError that names the first setting in which two dicts differ."""
+    for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
-            was, is_ = (text if len(text) <= 60 else text[:57] + "..."
-                        for text in (repr(before.get(name)), repr(now.get(name))))
+            was, is_ = (textwrap.shorten(repr(value.get(name)), 60) for value in (before, now))
             raise InputError(f"{where} was made with {name} {was}, now it is {is_}: --resume needs the same "
                              "settings; --overwrite starts again, --out names another folder")
 
@@ -1426,8 +1367,7 @@ def open_run(args, free):
     """-> the checkpoint in args.out to continue from, or None for a new run. InputError when the folder is in
     use, or when --resume comes with other flags than the run had, except those in `free`. Writes nothing.
 
-    A resumed run gives the same result as an uninterrupted one: to the bit on a CPU with the same number of
-    threads; some CUDA kernels are not deterministic.
+    A resumed run equals an uninterrupted one, to the bit on a CPU with the same number of threads.
     """
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():
@@ -1444,9 +1384,7 @@ def open_run(args, free):
 
 class Log:
     """Metrics of a run: each call prints one line and adds it to metrics.jsonl and to TensorBoard.
-
-    A new run (start = 0) deletes the files of an earlier one; a resumed run deletes lines after step `start`.
-    """
+    A new run (start = 0) deletes the files of an earlier one, a resumed run the lines after step `start`."""
 
     def __init__(self, out, start):
         self.path = Path(out) / "metrics.jsonl"
@@ -1483,14 +1421,9 @@ def to_device(tree, device):
 
 def provenance():
     """Where a result comes from: command, commit ("+": with uncommitted changes), versions, machine."""
-    def git(*args):
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout
-        return (found or "").strip()
-
-    changed = "+" if git("status", "--porcelain", "-uno") else ""
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed,
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit or "unknown",
             "python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
                        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}"}
@@ -1510,30 +1443,27 @@ def count(module):
 
 
 def main():
-    """Print the parameters of every size of every model; policies with two cameras and proprioception."""
-    # Of the release (baheytharwat/lawm at 18957d0), in millions: BatchNorm, a dense GRU, a deeper decoder.
-    release = {"baku paper": 7.71, "diffusion paper": 51.14, "world model 1m": 1.81, "world model 12m": 28.94,
-               "world model 25m": 65.10, "world model 50m": 115.72, "world model 100m": 260.32,
-               "world model 200m": 462.76}
-    rows = [("model", "image", "parameters", "release")]
+    """Print the parameters, in millions, of every size of every model and of its parts. Policies have two
+    cameras and proprioception; images have 64 pixels for the sizes tiny and 1m, else 128."""
+    # The release (baheytharwat/lawm at 18957d0) has BAKU 7.71, diffusion 51.14, world models 1m 1.81, 12m
+    # 28.94, 25m 65.10, 50m 115.72, 100m 260.32 and 200m 462.76: BatchNorm, a dense GRU, a deeper decoder.
+    policy = dict(cameras=["front", "side"], text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7,
+                  latent_norm=True, head="action", proprio_dropout=0.0)
+    world = dict(action_dim=7, views=1, predict="posterior", target="pixels", motion_weight=0, free_bits=1,
+                 dyn_scale=0.5, rep_scale=0.1, decode_steps=0, context_frame=True)
+    rows = [("model", "parameters", "parts")]
     with torch.device("meta"):                                                        # shapes without numbers
-        for name, size in [(name, size) for name, cls in POLICIES.items() for size in cls.SIZES]:
-            pixels = 64 if size == "tiny" else 128
-            policy = make_policy(dict(
-                policy=name, cameras=["front", "side"], image_size=pixels, chunk=POLICIES[name].CHUNK,
-                text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7, latent_norm=True,
-                head="action", proprio_dropout=0.0, **policy_numbers(name, size)))
-            rows.append((f"{name} {size}", f"{pixels} px", count(policy)))
-        for size in WORLD_MODEL_SIZES:
-            pixels = 64 if size in ("tiny", "1m") else 128
-            model = WorldModel(dict(
-                size=size, image_size=pixels, action_dim=7, predict="posterior", target="pixels",
-                motion_weight=0, free_bits=1, dyn_scale=0.5, rep_scale=0.1, decode_steps=0,
-                context_frame=True, views=1))
-            rows.append((f"world model {size}", f"{pixels} px", count(model)))
-    print(markdown_table([rows[0], *((name, pixels, f"{number / 1e6:.2f} M",
-                                      f"{release[name]:.2f} M" if name in release else "")
-                                     for name, pixels, number in rows[1:])]))
+        sized = [(f"{name} {size}", make_policy({**policy, **numbers, "policy": name, "chunk": cls.CHUNK,
+                                                 "image_size": 64 if size == "tiny" else 128}))
+                 for name, cls in POLICIES.items() for size, numbers in cls.SIZES.items()]
+        sized += [(f"world model {size}", WorldModel({**world, "size": size,
+                                                      "image_size": 64 if size in ("tiny", "1m") else 128}))
+                  for size in WORLD_MODEL_SIZES]
+    for name, model in sized:
+        parts = [(part, count(module) / 1e6) for part, module in model.named_children()]
+        rows.append((name, f"{count(model) / 1e6:.2f}",
+                     ", ".join(f"{part} {size:.2f}" for part, size in parts if size > 0.005)))
+    print(markdown_table(rows))
 
 
 if __name__ == "__main__":
