@@ -296,7 +296,7 @@ class TransformerBlock(nn.Module):
 
 
 class ObservationTokens(nn.Module):
-    """Preprocessed obs (see Policy.features) -> (B, tokens, E): instruction, one token per camera, proprio.
+    """Preprocessed obs (see Policy.preprocess) -> (B, tokens, E): instruction, one token per camera, proprio.
 
     The cameras share one ResNet, modulated by the instruction; a learned vector per camera tells them apart.
     """
@@ -355,8 +355,8 @@ class Policy(nn.Module):
     None), action_dim (or None), latent_dim, latent_norm, proprio_dropout, and one entry of the class's SIZES.
 
     A new policy needs SIZES (with "width", E), features(obs) -> (B, E), and an entry in POLICIES; it inherits
-    everything else. With PER_STEP = True features are (B, n, E), one row per action. Names of parameters
-    matter: finetuning may add or drop only those that init_from_pretrained lists.
+    everything else. features() gets the obs of preprocess(). With PER_STEP = True it returns (B, n, E), one
+    row per action. Finetuning may add or drop the parameters that init_from_pretrained names, no others.
     """
 
     SIZES = {}          # name -> the entries of config that this class adds
@@ -389,14 +389,9 @@ class Policy(nn.Module):
         if self.head != "latent":
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
-    def features(self, obs):
-        """Preprocessed obs -> (B, E), or (B, n, E) with PER_STEP. Here obs["instruction"] is the embedding of
-        the words (B, L), and obs["proprio"] is normalised."""
-        raise NotImplementedError
-
     def preprocess(self, obs):
-        """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception. No
-        other path leads into the network. InputError when obs is not what the policy was made for."""
+        """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception: the
+        only path into the network. InputError when obs is not what the policy was made for."""
         if not set(self.cameras) <= set(obs["images"]):
             raise InputError(f"the policy needs the cameras {self.cameras}, the observation has "
                              f"{sorted(obs['images'])}")
@@ -438,8 +433,8 @@ class Policy(nn.Module):
         """
         return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
-    def to_actions(self, features):
-        """Features -> normalised actions (B, n, A)."""
+    def to_actions(self, features, noise=None):
+        """Features, noise (B, n, A) for policies that sample -> normalised actions (B, n, A)."""
         if self.head == "add":
             features = self.to_latents(features).flatten(2 if self.PER_STEP else 1)
         return self.bound(self.action_out(features)).view(-1, self.chunk, self.config["action_dim"])
@@ -463,7 +458,7 @@ class Policy(nn.Module):
     def act(self, obs):
         """The chunk of actions in the environment's units: obs -> (B, n, A). Only in eval mode."""
         assert not self.training, "act() is for rollouts: call policy.eval() first"
-        return self.action_norm.unnormalize(self.to_actions(self.encode(obs)))
+        return self.action_norm.unnormalize(self.to_actions(self.encode(obs), obs.get("noise")))
 
 
 class BAKU(Policy):
@@ -668,6 +663,10 @@ class DiffusionPolicy(Policy):
                 x = ab.sqrt() * a + (1 - ab).sqrt() * noise
         return a
 
+    def to_actions(self, condition, noise=None):
+        noise = self.noise(condition, self.config["action_dim"]) if noise is None else noise
+        return self.sample(noise, lambda x, tau: self.velocity(x, tau, condition))
+
     def to_latents(self, condition):
         x = self.noise(condition, self.config["latent_dim"])
         tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
@@ -686,14 +685,6 @@ class DiffusionPolicy(Policy):
         # (Eq. 7)  L = E |e - ^e(x, tau, o)|^2; in terms of v, |v - ^v|^2 = |e - ^e|^2 / ab
         error = ((v - self.velocity(x, tau, condition)) ** 2).mean(-1)                # (DRAWS * B, n)
         return masked_mean(error, batch["is_pad"].repeat(self.DRAWS, 1)), {}
-
-    @torch.no_grad()
-    def act(self, obs):
-        assert not self.training, "act() is for rollouts: call policy.eval() first"
-        condition = self.encode(obs)
-        x = obs["noise"] if "noise" in obs else self.noise(condition, self.config["action_dim"])
-        x = self.sample(x, lambda x, tau: self.velocity(x, tau, condition))
-        return self.action_norm.unnormalize(x)
 
 
 class FiLMConv(nn.Module):
@@ -886,7 +877,7 @@ def targets(images, kind):
     return torch.zeros_like(flow[:, :1]), flow
 
 
-def oriented_gradients(grey, cell=4):
+def oriented_gradients(grey):
     """Normalised histograms of the gradient's orientation, 9 bins per cell: (B, T, V, H, W) in [0, 1] ->
     (B, T, 9V, H/4, W/4)."""
     x = F.pad(grey.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")            # (B*T*V, 1, H+2, W+2)
@@ -895,7 +886,7 @@ def oriented_gradients(grey, cell=4):
     bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
     strength = torch.hypot(dx, dy)
     votes = torch.zeros_like(strength).expand(-1, 9, -1, -1).clone().scatter_(1, bins, strength)
-    cells = F.avg_pool2d(votes, cell)                                                 # (B*T*V, 9, H/4, W/4)
+    cells = F.avg_pool2d(votes, 4)                                                    # (B*T*V, 9, H/4, W/4)
     cells = cells / (cells.norm(dim=1, keepdim=True) + 0.05)                          # flat cells stay near 0
     return cells.unflatten(0, grey.shape[:3]).flatten(2, 3)
 
@@ -1201,7 +1192,9 @@ def run(main):
             raise
         message, status = (f"cannot read or write {e.filename or 'a file'}: {e.strerror}; finished work is "
                            "kept: make room or choose another --out, then continue with --resume"), 2
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+    for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -1306,9 +1299,7 @@ def load_policy(path, device="cpu", stage=None):
     `stage` ("pretrain", "finetune" or None for both) is not the checkpoint's."""
     checkpoint = load_checkpoint(path)
     if stage not in (None, checkpoint["stage"]):
-        raise InputError(f"{path} was finetuned on actions: give a checkpoint of pretrain.py"
-                         if stage == "pretrain" else f"{path} was pretrained and has no actions yet: "
-                         f"finetune it first, python finetune.py --init {path}")
+        raise InputError(f"{path} was written by {checkpoint['stage']}.py: give a checkpoint of {stage}.py")
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
         raise InputError(f"{path} has NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its "
