@@ -67,7 +67,7 @@ class TextEncoder:
     def __init__(self, name="hash"):
         if name not in self.DIM:
             raise InputError(f"the text encoder is one of {', '.join(self.DIM)}, got {name!r}")
-        self.name, self.cache = name, {}
+        self.name, self.embed = name, functools.cache(self.hashed if name == "hash" else self.embedded)
         if name == "hash":
             return
         try:
@@ -81,10 +81,7 @@ class TextEncoder:
 
     def __call__(self, texts):
         """list of B str -> (B, L) float32. Each text is embedded on its own, once per process."""
-        for text in texts:
-            if text not in self.cache:
-                self.cache[text] = self.hashed(text) if self.name == "hash" else self.embedded(text)
-        return np.stack([self.cache[text] for text in texts])
+        return np.stack([self.embed(text) for text in texts])
 
     def hashed(self, text):
         words, vector = re.findall(r"\w+", text.lower()), np.zeros(self.DIM["hash"])
@@ -751,7 +748,7 @@ def make_policy(config):
 #            (Eq. 2)       (Eq. 1)      |
 #                                       +--> prior p(s | h) (Eq. 3): predicts s_t+1 without seeing o_t+1
 #                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
-#                                       +--> decoder (Eq. 4): draws o_t+1 from h and either of the two s
+#                                       +--> decoder (Eq. 4): decodes o_t+1 from h and either s
 
 # The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent.
 WORLD_MODEL_SIZES = {
@@ -1012,8 +1009,9 @@ class WorldModel(nn.Module):
         """The sum in (Eq. 5), per step: {name: (B, n)} from losses() -> (B, n)."""
         kl = sum(self.config[scale] * terms[name].clamp(min=self.config["free_bits"])
                  for scale, name in (("dyn_scale", "kl_dyn"), ("rep_scale", "kl_rep")))
-        drawn = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
-        return kl + sum(terms[name] for name in ("context", *drawn[self.config["predict"]]) if name in terms)
+        decoded = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
+        names = ["context", *decoded[self.config["predict"]]]
+        return kl + sum(terms[name] for name in names if name in terms)
 
     def losses(self, images, actions, predict, decode_steps):
         """Every term of the loss, per step: images and actions as in loss() -> {name: (B, n)}.
