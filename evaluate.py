@@ -27,13 +27,9 @@ import argparse
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import signal
-import threading
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,11 +47,11 @@ from models import (ActionChunker, HelpFormatter, InputError, append_line, at_le
                     run, write_json)
 from prepare_data import (LIBERO, LIBERO_CAMERAS, LIBERO_HZ, close_simulator, import_libero, libero_image,
                           libero_instructions, libero_observation, libero_simulator, reset_simulator,
-                          show_state)
+                          run_jobs, show_state)
 from robot import ACTION, CAMERAS as TWIN_CAMERAS, CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, PROPRIO_DIM
 from robot import TASKS, Expert, Film, TwinEnv, check_fit, policy_function, rollout
 
-SMOKE = dict(episodes=2, max_steps=20, video=1)
+SMOKE = dict(episodes=2, max_steps=20, video=1, workers=1)
 
 
 # ---- environments ----------------------------------------------------------------------------------------
@@ -219,84 +215,38 @@ def control(name, bench, env, start, rng):
 # ---- playing episodes ------------------------------------------------------------------------------------
 
 
-class Player:
-    """Plays episodes in one process. labels: {key: label} of all arms; the first is filmed."""
+opened = {}                     # {key of an arm: the Arm, its environment}, of this process
 
-    def __init__(self, bench, args, labels):
-        self.bench, self.args, self.labels, self.arms = bench, args, labels, {}
 
-    def open(self, key):
-        """-> Arm, its environment."""
-        arm = Arm(self.labels[key], self.args.device)
+def play(bench, args, labels, job):
+    """One episode -> its line for episodes.jsonl. job: key of an arm, task, start. labels: {key: label} of
+    all arms; the first one is filmed."""
+    began, (key, task, start) = time.perf_counter(), job
+    if key not in opened:
+        arm = Arm(labels[key], args.device)
         if arm.key != key:
             raise InputError(f"{arm.label} was replaced while it was being evaluated: evaluate a copy of the "
                              "checkpoint, or start again with --overwrite")
         cameras, size = (arm.policy.cameras, arm.policy.config["image_size"]) if arm.policy else ((), 64)
-        return arm, self.bench.make(cameras=tuple(cameras), image_size=size)
-
-    def play(self, key, task, start):
-        """One episode of an arm -> its line for episodes.jsonl."""
-        began, bench, args = time.perf_counter(), self.bench, self.args
-        if key not in self.arms:
-            self.arms[key] = self.open(key)
-        (arm, env), wordings = self.arms[key], bench.tasks[task]
-        # All random numbers of an episode follow from these, not from the episodes before it.
-        rng = np.random.default_rng([args.seed, start, list(bench.tasks).index(task), 8 if arm.policy else 7])
-        if arm.policy:
-            known = [text for text in wordings if text in arm.data["instructions"]]
-            policy_fn = policy_function(arm.policy, (known or wordings)[0], rng)
-        else:
-            policy_fn = control(key, bench, env, start, rng)
-        filmed = key == next(iter(self.labels)) and start in bench.starts[args.first:args.first + args.video]
-        film = Film(env, bench.cameras, bench.hz) if filmed else None
-        chunker = make_chunker(args, arm.policy)
-        success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, film)
-        if film:
-            film.write(Path(args.out, "videos"), f"{task}_{start}", wordings[0], success)
-        return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
-                "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),
-                # Two episodes with the same hash had the same actions to the last bit.
-                "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8]}
-
-
-def begin_worker(bench, args, labels):
-    """Runs first in every worker process."""
-    global player
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to the parent, which ends the workers
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    player = Player(bench, args, labels)
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()             # returns when the parent is gone, however it died
-    os._exit(1)
-
-
-def play_in_worker(*job):
-    return player.play(*job)
-
-
-def play_all(jobs, bench, args, labels):
-    """Plays the jobs (key of an arm, task, start) in --workers processes (0: in this one). Yields the line of
-    each episode when it ends. InputError when a worker is killed."""
-    if not args.workers:
-        player = Player(bench, args, labels)
-        yield from (player.play(*job) for job in jobs)
-        return
-    context = multiprocessing.get_context("spawn")      # a fork would share OpenGL and the threads of torch
-    pool = ProcessPoolExecutor(args.workers, context, begin_worker, (bench, args, labels))
-    try:
-        for future in as_completed([pool.submit(play_in_worker, *job) for job in jobs]):
-            yield future.result()
-    except BrokenExecutor:
-        raise InputError("a worker process was killed: if memory ran out, use fewer --workers. Finished "
-                         "episodes are kept; continue with --resume") from None
-    finally:
-        for process in multiprocessing.active_children():
-            process.terminate()                         # shutdown alone would wait for the running episodes
-        pool.shutdown(cancel_futures=True)
+        opened[key] = arm, bench.make(cameras=tuple(cameras), image_size=size)
+    (arm, env), wordings = opened[key], bench.tasks[task]
+    # All random numbers of an episode follow from these, not from the episodes before it.
+    rng = np.random.default_rng([args.seed, start, list(bench.tasks).index(task), 8 if arm.policy else 7])
+    if arm.policy:
+        known = [text for text in wordings if text in arm.data["instructions"]]
+        policy_fn = policy_function(arm.policy, (known or wordings)[0], rng)
+    else:
+        policy_fn = control(key, bench, env, start, rng)
+    filmed = key == next(iter(labels)) and start in bench.starts[args.first:args.first + args.video]
+    film = Film(env, bench.cameras, bench.hz) if filmed else None
+    chunker = make_chunker(args, arm.policy)
+    success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, film)
+    if film:
+        film.write(Path(args.out, "videos"), f"{task}_{start}", wordings[0], success)
+    return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
+            "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),
+            # Two episodes with the same hash had the same actions to the last bit.
+            "actions": hashlib.sha256(actions.tobytes()).hexdigest()[:8]}
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -483,7 +433,7 @@ def arguments(argv):
                    "i = 0 for the oldest chunk; release: 0, a plain mean")
     g = p.add_argument_group("run")
     g.add_argument("--workers", type=int, default=min(cores, 16), help="processes with a simulator and a "
-                   "policy each; 0: this process alone; results do not depend on it")
+                   "policy each; 1: this process alone; results do not depend on it")
     g.add_argument("--device", default="cpu", help="of the policies; where a driver aborts because EGL and "
                    "CUDA share a process, set MUJOCO_GL=osmesa")
     g.add_argument("--video", type=int, default=0, metavar="N", help="film the first N episodes of each task")
@@ -538,8 +488,8 @@ def main(argv=None):
         return report_folder(args.results)
     if args.figure:
         return draw_figure(args)
-    at_least(args, 0, "first", "seed", "workers", "video", "decay", "execute")
-    at_least(args, 1, "episodes", "max_steps")
+    at_least(args, 0, "first", "seed", "video", "decay", "execute")
+    at_least(args, 1, "episodes", "max_steps", "workers")
     pick_device(args.device)
     torch.set_num_threads(1)
     origin = provenance()
@@ -578,7 +528,10 @@ def main(argv=None):
     jobs = [(key, task, start) for task in tasks for key in arms for start in starts]   # one scene at a time
     left = [job for job in jobs if job not in done]
     with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="episode", dynamic_ncols=True) as bar:
-        for line in play_all(left, bench, args, {key: one.label for key, one in arms.items()}):
+        labels = {key: one.label for key, one in arms.items()}
+        opened.clear()
+        run_one = functools.partial(play, bench, args, labels)
+        for line in run_jobs(left, args.workers, run_one, in_order=False):
             line |= {"settings": settings, "commit": origin["commit"], "machine": origin["machine"]}
             append_line(out / "episodes.jsonl", line)
             done[line["arm"], line["task"], line["start"]] = line

@@ -68,7 +68,7 @@ import types
 import unicodedata
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from xml.etree import ElementTree
@@ -1329,8 +1329,6 @@ def run_job(job):
     Any exception of a job becomes a Reject, here and nowhere else: one odd file among 200,000 must not end
     the run. A wrong command (InputError) and a machine without space or memory do end it.
     """
-    cv2.setNumThreads(1)                      # parallelism comes from the processes
-    torch.set_num_threads(1)
     try:
         return job()
     except Reject as reject:
@@ -1348,24 +1346,38 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_jobs(jobs, workers):
-    """Yield the results of a list of jobs in order. Only a few jobs run ahead, which bounds the memory."""
-    workers = min(workers, len(jobs))
+def single_threaded(run, job):
+    """run(job) with one thread: parallelism comes from the processes."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    return run(job)
+
+
+def run_jobs(jobs, workers, run=run_job, in_order=True):
+    """Yield run(job) of each job, from `workers` processes; 1: from this process. InputError when a process
+    is killed. In order, only a few jobs run ahead, which bounds the memory."""
+    workers, run = min(workers, len(jobs)), functools.partial(single_threaded, run)
     if workers <= 1:
-        yield from map(run_job, jobs)
+        yield from map(run, jobs)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    waiting = collections.deque()
+    context = multiprocessing.get_context("spawn")       # a fork would share OpenGL and the threads of torch
+    pool, waiting = ProcessPoolExecutor(workers, context, start_worker), collections.deque()
     try:
+        if not in_order:
+            yield from (done.result() for done in as_completed([pool.submit(run, job) for job in jobs]))
+            return
         for job in jobs:
-            waiting.append(pool.submit(run_job, job))
+            waiting.append(pool.submit(run, job))
             if len(waiting) > 3 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise InputError("a worker process was killed (memory?): --resume with fewer --workers") from None
+        raise InputError("a worker process was killed: if memory ran out, use fewer --workers. Finished "
+                         "work is kept; continue with --resume") from None
     finally:
+        for process in multiprocessing.active_children():
+            process.terminate()                          # shutdown alone would wait for the running jobs
         pool.shutdown(cancel_futures=True)
 
 

@@ -7,6 +7,7 @@ A policy renders its cameras and acts at every step, as temporal ensembling does
 leaves out the start of the processes and the episodes in which a worker builds the scene of a task.
 """
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def main(argv=None):
         bench = evaluate.ENVIRONMENTS[args.env](settings, arm.data)
         jobs = [(arm.key, task, start) for task in list(bench.tasks)[:2] for start in bench.starts[:8]]
         seen, steps, seconds = [], 0, 0
-        for line in evaluate.play_all(jobs, bench, settings, {arm.key: arm.label}):
+        play = functools.partial(evaluate.play, bench, settings, {arm.key: arm.label})
+        for line in evaluate.run_jobs(jobs, workers, play, in_order=False):
             seen.append(line["task"])
             if seen.count(line["task"]) > workers:
                 steps, seconds = steps + line["steps"], seconds + line["seconds"]

@@ -60,6 +60,7 @@ def fake_benchmark(args, trained):
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
     FakeEnv.resets = []
+    evaluate.opened.clear()
     monkeypatch.setitem(evaluate.ENVIRONMENTS, "fake", fake_benchmark)
 
 
@@ -83,7 +84,7 @@ def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup")
 
 def run(out, *flags):
     """-> results.json without its provenance, {(arm, task, start): outcome} from episodes.jsonl"""
-    evaluate.main(["--env", "fake", "--workers", "0", "--out", str(out), *flags])
+    evaluate.main(["--env", "fake", "--workers", "1", "--out", str(out), *flags])
     results = read_json(out / "results.json")
     del results["provenance"]
     return results, {(x["arm"], x["task"], x["start"]): (x["success"], x["steps"], x["actions"])
@@ -107,14 +108,14 @@ def test_an_episode_depends_neither_on_the_number_of_processes_nor_on_other_epis
 @pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable", reason="no OpenGL for images")
 def test_an_episode_on_the_twin_is_the_same_bit_for_bit_after_others_and_while_filmed(tmp_path):
     name = write_checkpoint(tmp_path / "last.pt", instructions=["stack cups"])
-    args = evaluate.arguments(f"--spread 0.5 --max-steps 12 --workers 0 --out {tmp_path}".split())
+    args = evaluate.arguments(f"--spread 0.5 --max-steps 12 --workers 1 --out {tmp_path}".split())
     key = evaluate.Arm(name).key
     job, labels = (key, "stack_cups", 1_000_000), {key: name, **{c: c for c in evaluate.CONTROLS}}
     others = [(key, "cup_in_bowl", 7), *((control, *job[1:]) for control in evaluate.CONTROLS)]
     bench = evaluate.twin_benchmark(args, {})
-    first, *_, second = evaluate.play_all([job, *others, job], bench, args, labels)
+    first, *_, second = [evaluate.play(bench, args, labels, each) for each in (job, *others, job)]
     args.video = 1
-    filmed, = evaluate.play_all([job], bench, args, labels)
+    filmed = evaluate.play(bench, args, labels, job)
     for line in (first, second, filmed):
         line.pop("seconds")
     assert first == second == filmed and first["steps"] == 12
@@ -126,17 +127,19 @@ def test_a_killed_worker_is_one_line_and_resuming_gives_the_same_result(tmp_path
     whole = run(tmp_path / "whole", *flags)
     monkeypatch.setenv("FAKE", "lift 1000001")
     with pytest.raises(InputError, match="^a worker process was killed.*--workers.*--resume$"):
-        run(tmp_path / "out", *flags, "--workers", "1")
+        run(tmp_path / "out", *flags, "--workers", "2")
     monkeypatch.delenv("FAKE")
     path, FakeEnv.resets = tmp_path / "out" / "episodes.jsonl", []
-    assert len(read_lines(path)) == 4
+    kept = [(line["task"], line["start"]) for line in read_lines(path)]
+    assert len(kept) >= 3 and ("lift", 1_000_001) not in kept          # one more may have been running
     path.write_bytes(path.read_bytes()[:-20])              # and the last line is torn
     assert run(tmp_path / "out", *flags, "--resume") == whole
-    assert FakeEnv.resets == [("lift", 1_000_000), ("lift", 1_000_001), ("lift", 1_000_002)]
+    starts = [(task, 1_000_000 + k) for task in ("push", "lift") for k in range(3)]
+    assert FakeEnv.resets == [start for start in starts if start not in kept[:-1]]
 
 
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
-    flags = "--checkpoint", "noop", "--no-controls", "--workers", "1", "--episodes", "99", "--out", tmp_path
+    flags = "--checkpoint", "noop", "--no-controls", "--workers", "2", "--episodes", "99", "--out", tmp_path
     parent = subprocess.Popen([sys.executable, evaluate.__file__, *flags], stdout=subprocess.PIPE)
     while not read_lines(tmp_path / "episodes.jsonl"):
         assert parent.poll() is None
@@ -157,12 +160,13 @@ def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
     write_checkpoint(tmp_path / "last.pt", seed=1)         # trained again under the same name
     with pytest.raises(InputError, match="has episodes of checkpoint"):
         run(out, *flags, "--resume")
-    args = evaluate.arguments(["--workers", "0"])           # and in the middle of a run
+    args = evaluate.arguments(["--workers", "1"])           # and in the middle of a run
+    evaluate.opened.clear()
     with pytest.raises(InputError, match="was replaced while"):
-        list(evaluate.play_all([(key, "push", 1_000_000)], fake_benchmark(args, {}), args, {key: flags[1]}))
+        evaluate.play(fake_benchmark(args, {}), args, {key: flags[1]}, (key, "push", 1_000_000))
     assert run(out, *flags, "--overwrite")
     (out / "episodes.jsonl").write_text("no JSON\n")
-    with pytest.raises(InputError, match="episodes.jsonl line 1"):
+    with pytest.raises(InputError, match="episodes.jsonl has a line that is not JSON"):
         run(out, *flags, "--resume")
 
 
@@ -218,7 +222,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line_with_a_way_out(tmp_path
     broken["policy"]["query"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
     twin = "--env", "twin", "--tasks", "stack_cups"
-    for flags, message in (((pretrained,), "finetune.py --init"), ((foreign,), "--tasks takes push, pull"),
+    for flags, message in (((pretrained,), "written by pretrain.py: give a checkpoint of finetune.py"), ((foreign,), "--tasks takes push, pull"),
                            ((str(tmp_path / "broken.pt"),), "NaN"), ((slow,), "10 Hz.*20 Hz"),
                            ((units,), f"^{units}.*units.*fake has"),
                            ((absolute,), f"^{absolute}.*delta.*fake has"),

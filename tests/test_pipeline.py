@@ -21,7 +21,7 @@ ALL_REACHED = r"gradient     of the world-model loss reaches (\d+) of \1 policy 
 def roll_out(checkpoint, out):
     """Two short episodes on the twin -> the hashes of their actions."""
     evaluate.main(["--checkpoint", str(checkpoint), "--tasks", "stack_cups", "--episodes", "2", "--max-steps",
-                   "18", "--no-controls", "--workers", "0", "--out", str(out)])
+                   "18", "--no-controls", "--workers", "1", "--out", str(out)])
     return re.findall(r'"actions": "(\w+)"', (out / "episodes.jsonl").read_text())
 
 
