@@ -5,24 +5,21 @@
     python robot.py replay --arm sim --take data/takes/stack_cups-00000.h5  # at a quarter of its speed
     python robot.py rollout --arm sim --checkpoint runs/finetune/last.pt    # success per task (Table II)
 
-Without --move a real arm is not moved: every command is then a dry run. `--arm sim` rehearses everything
-without an arm: the vendor's library talks to a fake controller (tests/fake_arm.py) whose arm is the twin, in
-real time. The README, "On a real arm", has the order of the first steps, and says what was never tested on
-hardware.
+A real arm moves only with --move; without it every command is a dry run. `--arm sim` is a rehearsal without
+an arm: the vendor's library talks to a fake controller (tests/fake_arm.py), which moves the twin in real
+time. README, "On a real arm", gives the order of the first steps and says what was never tested on hardware.
 
-The arm     kinematics; Gate: which commands pass; RealmanArm: driver and watchdog; Camera; Keys, Person;
-            ArmEnv: reset, step, render; teleoperation; rollout, check_fit, Film, which the twin and
-            LIBERO use as well; station, consent; the commands
-The twin    THINGS, TASKS, TwinEnv, Expert: the table-top world of the paper's five tasks, built from
-            primitives, so that there is nothing to download. It needs no GPU
+The first part of this file is the arm: kinematics, the safety gate, the driver with its watchdog, cameras,
+teleoperation, rollouts, commands. The second part is the twin: the table of the paper's five tasks, built
+from primitives, and a scripted expert.
 
     world         the arm's base frame: x away from the base, y to its left, z up, metres; table top at z = 0
     action  (7,)  [dx dy dz (m), rotation vector (rad) x3, gripper] in the base frame, per step of 1/20 s; the
                   gripper is absolute: 1 = open, 0 = closed, switched at 0.5
     proprio (7,)  [x y z (m) of the tool centre, rotation vector (rad) from tool-down x3, opening 0..1]
 
-ASSUMPTION: the paper names the arm and the tasks, but not sizes, places and cameras. Those here are chosen
-such that a cup is about 10 pixels wide in a 64-pixel image, and that a grasp tolerates an error of 1 cm.
+ASSUMPTION: the paper names the arm and the tasks, but no sizes, positions or cameras. Ours make a cup about
+10 pixels wide in a 64-pixel image and let a grasp succeed with an error of 1 cm.
 """
 
 import argparse
@@ -66,16 +63,16 @@ except ImportError:         # Windows: the twin works there, the arm does not
 
 CONTROL_HZ = 20
 ACTION_DIM, PROPRIO_DIM = 7, 7
-# How datasets describe actions and proprioception. delta: which numbers are changes per step (not targets).
+# How datasets describe actions and proprioception. delta: which numbers are changes per step, not targets.
 ACTION = {"names": ["x", "y", "z", "rx", "ry", "rz", "gripper"], "units": ["m"] * 3 + ["rad"] * 3 + ["1"],
           "frame": "robot base, change per step", "gripper": "1 = open, 0 = closed",
           "delta": [True] * 6 + [False]}
 PROPRIO = {"names": ACTION["names"], "units": ACTION["units"], "frame": "robot base, from tool-down",
            "gripper": "1 = open .. 0 = closed"}
-TAKE_FORMAT = 1                     # of what `record` writes
+TAKE_FORMAT = 1                     # format version of the takes that `record` writes
 MAX_STEP, MAX_TURN = 0.02, 0.1      # m and rad per control step; larger actions are shortened
-WORKSPACE = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])    # m, of the commanded tool centre
-HOME = np.array([0.27, 0.0, 0.17])  # m, tool centre at the start of an episode; the twin's: +- 2 cm
+WORKSPACE = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])    # m, box for the commanded tool centre
+HOME = np.array([0.27, 0.0, 0.17])  # m, tool centre at the start of an episode (the twin varies it by 2 cm)
 TOOL_DOWN = np.diag([-1.0, 1.0, -1.0])   # the tool's frame when it points down, fingers along y
 
 
@@ -94,7 +91,7 @@ HOME_JOINTS = np.radians([0, -20, -70, 0, -90, 180])    # near HOME, tool down
 
 
 def joint_frames(q):
-    """Frames (6, 4, 4) of the joints in the base frame, for angles q (6,) in rad. Joint i turns about the z
+    """Joint angles q (6,) rad -> frames (6, 4, 4) of the joints in the base frame. Joint i turns about the z
     axis of frame i; the last frame is the flange."""
     pose, frames = np.eye(4), []
     for (alpha, a, d, offset), angle in zip(DH, q):
@@ -108,7 +105,7 @@ def joint_frames(q):
 
 
 def tool_pose(q):
-    """Joints (6,) rad -> tool centre (3,) m and rotation (3, 3) in the base frame."""
+    """Joint angles (6,) rad -> tool centre (3,) m and rotation (3, 3) in the base frame."""
     flange = joint_frames(q)[-1]
     return flange[:3, 3] + TOOL * flange[:3, 2], flange[:3, :3]
 
@@ -119,9 +116,9 @@ def rotation_error(target, measured):
 
 
 def inverse_kinematics(position, rotation, q, iterations=40):
-    """Joints (6,) rad that bring the tool to a position (3,) m and rotation (3, 3): damped least squares,
-    started at q, so the solution stays on the branch of q. -> joints, residual (norm over m and rad). A pose
-    out of reach leaves a large residual."""
+    """Joint angles (6,) rad that bring the tool to a position (3,) m and rotation (3, 3), by damped least
+    squares from q, so that the solution stays on the branch of q. -> joints, residual (norm over m and rad).
+    If the pose is out of reach, the residual is large."""
     q = np.array(q, dtype=np.float64)
     for _ in range(iterations):
         frames = joint_frames(q)
@@ -138,18 +135,18 @@ def inverse_kinematics(position, rotation, q, iterations=40):
 
 def reach(z):
     """Largest distance (m) from the base axis of a tool that points down at height z: the wrist stays on a
-    sphere around the shoulder, 4 mm short of the stretched arm, which is singular."""
+    sphere around the shoulder, 4 mm inside the stretched arm, which is singular."""
     wrist_above_shoulder = z + TOOL + DH[5, 2] - DH[0, 2]
     return np.sqrt((DH[2, 1] + DH[3, 2] - 0.004) ** 2 - wrist_above_shoulder ** 2)
 
 
-# Capsules around base column, upper arm, forearm, and wrist with tool: radius (m). Neighbours share a joint.
+# Radii (m) of the capsules around base column, upper arm, forearm, and wrist with tool
 RADII = np.array([0.065, 0.055, 0.050, 0.050])
 
 
 def clearance(q):
-    """Smallest gap (m) between parts of the arm that are not neighbours, or between forearm or wrist and the
-    table. Parts are capsules, sampled at nine points each: the error is at most 4 mm."""
+    """Smallest gap (m) between parts of the arm that share no joint, or between the table and forearm or
+    wrist. Parts are capsules, sampled at nine points each: the error is at most 4 mm."""
     frames = joint_frames(q)
     tool = frames[-1, :3, 3] + (TOOL - 0.02) * frames[-1, :3, 2]
     corners = np.array([np.zeros(3), frames[1, :3, 3], frames[2, :3, 3], frames[3, :3, 3], tool])
@@ -157,19 +154,19 @@ def clearance(q):
     points = corners[:-1, None] * (1 - share) + corners[1:, None] * share       # (4 parts, 9, 3)
     gaps = [np.linalg.norm(points[i][:, None] - points[j][None], axis=-1).min() - RADII[i] - RADII[j]
             for i, j in ((0, 2), (0, 3), (1, 3))]
-    # Of the hand, only down to the flange: the fingers have to come near the table, WORKSPACE limits them.
+    # The wrist counts down to the flange only: the fingers must come near the table, WORKSPACE limits them.
     return min(*gaps, points[2, :, 2].min() - RADII[2], frames[-1, 2, 3] - RADII[3])
 
 
 # ---- the safety gate -------------------------------------------------------------------------------------
 
-JOINT_MARGIN = np.radians(3)        # distance kept from the joints' limits
+JOINT_MARGIN = np.radians(3)        # distance kept from the joint limits
 MAX_JOINT_STEP = np.radians(4.5)    # per control step: 90 degrees/s, half of what the slowest joint can do
-BRANCH = np.radians(40)             # a solution that far from the last one lies on another branch
+BRANCH = np.radians(40)             # a solution this far from the last one lies on another branch
 LEAD = 0.04                         # m that the commanded tool may run ahead of the measured one
 MAX_TILT = 0.6                      # rad of the tool from straight down
 CLEARANCE = 0.02                    # m between parts of the arm, and between the arm and the table
-ABOVE = np.array([[-0.7, -0.7, 0.10], [0.7, 0.7, 1.1]])     # m, of the tool on its way home: above all things
+ABOVE = np.array([[-0.7, -0.7, 0.10], [0.7, 0.7, 1.1]])     # m, box for the tool on its way home
 HOME_SPEED = np.radians(20)         # rad/s on the way home
 
 
@@ -183,29 +180,29 @@ class Refused(Exception):
 
 
 class Gate:
-    """Every command for the arm passes here: an action (7,) becomes the joints' next target, or is Refused.
+    """The safety gate. Every command passes it: an action (7,) becomes the next joint target or is Refused.
 
-    The checks, in this order. In the action: seven finite numbers; no absurd size (ten times the largest
-    step); at most MAX_STEP and MAX_TURN per step; the tool at most LEAD ahead of the measured one; WORKSPACE;
-    reach; a solution of the inverse kinematics; MAX_TILT. In the joints, admit(): limits less JOINT_MARGIN;
-    no jump to another branch; at most MAX_JOINT_STEP; CLEARANCE; the tool in its box.
+    It checks the action in this order: seven finite numbers; no number above ten times the largest step; at
+    most MAX_STEP and MAX_TURN per step; the tool at most LEAD ahead of the measured one; WORKSPACE; reach; a
+    solution of the inverse kinematics; MAX_TILT. Then admit() checks the joints: limits minus JOINT_MARGIN;
+    no jump to another branch; at most MAX_JOINT_STEP; CLEARANCE; the tool inside its box.
 
-    What is too large is shortened, everything else is refused. A refused command changes nothing, so targets
-    never wind up. Paths that are planned in joints (the way home) skip the first list; nothing skips admit().
+    Steps that are too large are shortened; everything else is refused. A refused command changes nothing, so
+    targets never wind up. A path that is planned in joints, the way home, needs admit() alone.
     """
 
     def hold(self, q):
-        """Sets the target to the joints q (6,) rad."""
+        """Set the target to the joints q (6,) rad."""
         self.q = np.array(q, dtype=np.float64)
         self.position, self.turn = tool_pose(self.q)
 
     def __call__(self, action, measured):
-        """action (7,), measured joints (6,) rad -> target joints (6,) rad, what is executed of the action
-        (7,). Refused."""
+        """action (7,), measured joints (6,) rad -> target joints (6,) rad, and the part of the action that is
+        executed (7,). Refused."""
         try:
             action = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError):
-            raise Refused("not 7 finite numbers") from None
+            action = np.empty(0)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise Refused("not 7 finite numbers")
         limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
@@ -229,15 +226,15 @@ class Gate:
         return self.q, executed
 
     def admit(self, q, box=WORKSPACE):
-        """The checks in joints. q (6,) rad becomes the target, shortened to the largest step. The tool stays
-        in the box; a tool that is outside may only come nearer. Refused."""
+        """Check the joints q (6,) rad and make them the target, shortened to the largest step. The tool must
+        stay in the box; outside it, it may only come nearer. Refused."""
         if (np.abs(q) > JOINT_LIMIT - JOINT_MARGIN).any():
             raise Refused(f"joint limit: joint {np.abs(q / JOINT_LIMIT).argmax() + 1}")
         step = q - self.q
         if np.abs(step).max() > BRANCH:
             raise Refused("joint step: a jump to another branch")
         q = self.q + step * min(1.0, MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
-        if clearance(q) < min(CLEARANCE, clearance(self.q)):        # leaving a bad place is allowed
+        if clearance(q) < min(CLEARANCE, clearance(self.q)):        # moving apart is always allowed
             raise Refused("collision: the arm with itself or the table")
         tool, now = (tool_pose(x)[0] for x in (q, self.q))
         outside, before = (np.maximum(box[0] - x, x - box[1]).max() for x in (tool, now))
@@ -248,9 +245,8 @@ class Gate:
 
 
 def path_home(q):
-    """Joints from q (6,) rad to HOME at HOME_SPEED, one row per control step: first the tool goes straight up
-    as it is, then the joints move. InputError if that way is not free: a person has to bring the arm near
-    HOME."""
+    """Joint targets from q (6,) rad to HOME at HOME_SPEED, one per control step: the tool rises straight up,
+    then the joints move. InputError if the way is not free: a person has to bring the arm near HOME."""
     gate, path, largest = Gate(), [], HOME_SPEED / CONTROL_HZ
     gate.hold(q)
     try:
@@ -283,83 +279,58 @@ class ArmStopped(Exception):
 
 
 def within(seconds, call, *args):
-    """call(*args) with a time limit: some calls of the vendor's library never return. ArmStopped."""
+    """call(*args) with a time limit, because some calls of the vendor's library never return. ArmStopped."""
     answer = queue.Queue()
-
-    def work():
-        try:
-            answer.put((call(*args), None))
-        except (AttributeError, TypeError, ValueError, LookupError, OSError, ctypes.ArgumentError) as e:
-            answer.put((None, e))
-
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=lambda: answer.put(call(*args)), daemon=True).start()
     try:
-        result, error = answer.get(timeout=seconds)
+        return answer.get(timeout=seconds)
     except queue.Empty:
         raise ArmStopped(f"{call.__name__} did not return within {seconds} s") from None
-    if error:
-        raise ArmStopped(f"{call.__name__}: {type(error).__name__}: {error}") from error
-    return result
-
-
-def import_sdk():
-    """The vendor's library, imported only when an arm is used. InputError where there is none."""
-    try:
-        with contextlib.redirect_stdout(None):
-            from Robotic_Arm import rm_robot_interface
-            return rm_robot_interface
-    except (ImportError, NameError, OSError) as e:      # NameError: on macOS it has no library to load
-        raise InputError(f"the vendor's library does not load here ({e}): pip install Robotic_Arm==1.1.6, on "
-                         "Linux (x86-64 or aarch64); there is none for macOS") from e
 
 
 class RealmanArm:
-    """A Realman RM65-B with a parallel gripper, through the vendor's library.
+    """Driver and watchdog of a Realman RM65-B with a parallel gripper, through the vendor's library.
 
-    The arm is moved by one kind of message alone: joint targets (movej_canfd), one every 10 ms, from a thread
-    that interpolates between the gate's targets. No blocking or planned motion is ever sent, so when this
-    process dies (kill -9, a crash, a pulled cable) no further target arrives, and the arm stands at the last
-    one.
+    One kind of message moves the arm: joint targets (movej_canfd), sent every 10 ms by a thread that
+    interpolates between the gate's targets. No planned motion is ever sent. If this process dies (kill -9, a
+    crash, a pulled cable), no further target arrives and the arm stands at the last one.
 
-    The same thread is the watchdog. It stops the arm when: the controller reports an error; the state is
-    older than STATE_AGE; no command came for STALL; it was itself late by OVERRUN; a joint lags by LAG; a
-    camera has no good picture for IMAGE_AGE. A stop latches: `stopped` keeps the first reason, no further
-    target is sent, the controller gets a slow stop, and every later command raises ArmStopped. Every call
-    that waits for an answer waits for a known time, and none of them is on this thread.
+    The same thread is the watchdog. It stops the arm when the controller reports an error, the state is older
+    than STATE_AGE, no command came for STALL, the thread itself is late by OVERRUN, a joint lags by LAG, or a
+    camera has no good picture for IMAGE_AGE. A stop latches: `stopped` keeps the first reason, the controller
+    gets a slow stop, no further target is sent, and every later command raises ArmStopped. This thread never
+    waits for an answer of the controller.
     """
-    SILENT = 4          # unanswered questions to the gripper, in a row
     STALL = 0.3         # s without a command during an episode
     STATE_AGE = 0.2     # s
     IMAGE_AGE = 0.5     # s
     LAG = np.radians(5)         # of a joint behind its target, for 0.2 s
-    OVERRUN = 0.2       # s between two frames; meanwhile the arm stands at the last one
+    OVERRUN = 0.2       # s between two targets
+    SILENT = 4          # queries to the gripper, in a row, without an answer
 
     def __init__(self, address, move):
-        """address "IP" or "IP:PORT"; move False: everything is read and computed, nothing that moves is
-        sent."""
+        """address: "IP" or "IP:PORT". move=False: everything is read and computed, nothing that moves is
+        sent. InputError, ArmStopped."""
         host, _, port = address.partition(":")
-        if not (port or "8080").isdigit():
-            raise InputError(f"--arm takes IP or IP:PORT, got {address!r}")
         try:
             self.host, self.port, self.move = socket.gethostbyname(host), int(port or 8080), move
-        except OSError as e:
-            raise InputError(f"--arm {host!r} is no address ({e}): the vendor's is 192.168.1.18") from e
+        except (OSError, ValueError) as e:
+            raise InputError(f"--arm takes IP or IP:PORT, got {address!r} ({e}); the vendor's default is "
+                             "192.168.1.18") from e
         self.gate, self.stopped, self.stop_sent, self.watch = Gate(), None, None, []
         self.state = self.opening = self.grip = self.grip_sent = None   # state: (time, joints rad, errors)
         self.armed = self.closing = False
         self.command_at = self.lag_since = self.last_frame = None
         self.aim = self.sent = None                 # joints (6,) rad: the next target, and what was sent last
-        self.aim_at = 0.0                           # when the aim is to be reached
+        self.aim_at, self.due, self.silent = 0.0, 0.0, 0        # aim_at: when the aim is to be reached
         self.returned = 0                           # code of the last message: 0 = it was sent
         self.arm, self.wire, self.threads, self.stopping = None, threading.Lock(), [], None
         self._lock_arm()
-        connected = False
         try:
             self._connect()
-            connected = True
-        finally:
-            if not connected:
-                self.close()
+        except BaseException:
+            self.close()
+            raise
 
     # -- connection --
 
@@ -385,11 +356,15 @@ class RealmanArm:
         except OSError as e:
             raise InputError(f"no controller at {self.host}:{self.port} ({e}): is it on, and this machine in "
                              "its network? The vendor's default address is 192.168.1.18") from e
-        sdk = import_sdk()
-        with contextlib.redirect_stdout(None):
-            self.arm = sdk.RoboticArm(sdk.rm_thread_mode_e.RM_TRIPLE_MODE_E)
+        try:
+            with contextlib.redirect_stdout(None):          # it prints its version
+                from Robotic_Arm import rm_robot_interface as sdk
+                self.arm = sdk.RoboticArm(sdk.rm_thread_mode_e.RM_TRIPLE_MODE_E)
+        except (ImportError, NameError, OSError) as e:      # NameError: there is no binary for macOS
+            raise InputError(f"the vendor's library does not load here ({e}): pip install Robotic_Arm==1.1.6 "
+                             "on Linux (x86-64 or aarch64)") from e
         handle = within(8, self.arm.rm_create_robot_arm, self.host, self.port, 3)
-        if handle.id == -1:     # it does not raise; any other call but this one may now hang
+        if handle.id == -1:     # after this, every call but rm_delete_robot_arm may hang
             raise InputError(f"{self.host}:{self.port} does not answer as a Realman controller")
         self.arm.rm_set_timeout(200)        # ms, for every answer
         self._callback = sdk.rm_realtime_arm_state_callback_ptr(self._receive)      # must outlive the arm
@@ -397,11 +372,11 @@ class RealmanArm:
         end = time.monotonic() + 1
         while self.state is None:
             if time.monotonic() > end:
-                raise InputError("the controller's state does not arrive here: on the vendor's page, switch "
-                                 f"on its UDP push to {here}; open that port in the firewall of this machine")
+                raise InputError("the controller's state does not arrive: on the vendor's page, switch on "
+                                 f"its UDP push to {here}; open that port in this machine's firewall")
             time.sleep(0.01)
-        for work in (self._grip_loop, self._frame_loop):
-            self.threads.append(threading.Thread(target=work, daemon=True))
+        for step, name in ((self._grip_step, "gripper's"), (self._frame_step, "watchdog's")):
+            self.threads.append(threading.Thread(target=self._repeat, args=(step, name), daemon=True))
             self.threads[-1].start()
 
     def _receive(self, s):
@@ -411,40 +386,37 @@ class RealmanArm:
                           [int(s.err.err[i]) for i in range(s.err.err_len)])
 
     def checks(self):
-        """[(what, what was found, whether that is right)]. An arm with a wrong row is not moved.
-        ArmStopped."""
+        """[(what, what was found, whether that is right)]. An arm with a wrong row is not moved. ArmStopped.
+        """
         arm = self.arm
         if self.move:
             within(2, arm.rm_set_collision_state, 5)
-
-        def frame(a):
-            return f"{a['name']} {a['pose']}"
-
-        table = (               # what, call -> (code, answer), is the answer right?, the answer as text
-            ("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]) == ("RM_65", 6), str),
-            ("firmware", arm.rm_get_arm_software_info, lambda a: True,
-             lambda a: f"{a['product_version']}, controller {a['ctrl_info']['version']}"),
-            ("tool frame", arm.rm_get_current_tool_frame, lambda a: not np.any(a["pose"]), frame),
-            ("work frame", arm.rm_get_current_work_frame, lambda a: not np.any(a["pose"]), frame),
-            ("DH table", arm.rm_get_DH_data, lambda a: np.allclose(dh_table(a), DH, atol=2e-4),
-             lambda a: str(dh_table(a).round(4).tolist())),
-            ("run mode", arm.rm_get_arm_run_mode, lambda a: a == 1, "{} (1 = real)".format),
-            ("power", arm.rm_get_arm_power_state, lambda a: a == 1, "{} (1 = on)".format),
-            ("joints", arm.rm_get_arm_all_state,
-             lambda a: all(a["joint_en_flag"][:6]) and not any(a["joint_err_code"][:6]),
-             lambda a: f"enabled {a['joint_en_flag'][:6]}, errors {a['joint_err_code'][:6]}"),
-            ("errors", arm.rm_get_current_arm_state, lambda a: all(int(e) == 0 for e in a["err"]["err"]),
-             lambda a: str(a["err"]["err"])),
-            ("joint limits", arm.rm_get_joint_max_pos,
-             lambda a: (np.array(a[:6]) >= np.degrees(JOINT_LIMIT - JOINT_MARGIN)).all(), str),
-            ("gripper", arm.rm_get_gripper_state, lambda a: a["status"] == 1 and a["error"] == 0,
-             lambda a: f"status {a['status']} (1 = online), error {a['error']}, at {a['actpos']} of 1000"),
-            ("collision stage", arm.rm_get_collision_stage, lambda a: a > 0 or not self.move,
-             "{} (0 = off, 8 = most sensitive)".format))
+        table = (       # what, query -> (code, answer), what of the answer is shown, whether that is right
+            ("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]),
+             lambda x: x == ("RM_65", 6)),
+            ("firmware", arm.rm_get_arm_software_info,
+             lambda a: (a["product_version"], a["ctrl_info"]["version"]), all),
+            ("tool frame", arm.rm_get_current_tool_frame, lambda a: a["pose"], lambda x: not any(x)),
+            ("work frame", arm.rm_get_current_work_frame, lambda a: a["pose"], lambda x: not any(x)),
+            ("DH in degrees, m", arm.rm_get_DH_data,
+             lambda a: np.transpose([a[key][:6] for key in ("alpha", "a", "d", "offset")]).round(4).tolist(),
+             lambda x: np.allclose(np.array(x) * [np.pi / 180, 1, 1, np.pi / 180], DH, atol=2e-4)),
+            ("run mode", arm.rm_get_arm_run_mode, ("simulation", "real").__getitem__, lambda x: x == "real"),
+            ("power", arm.rm_get_arm_power_state, ("off", "on").__getitem__, lambda x: x == "on"),
+            ("joints enabled", arm.rm_get_arm_all_state, lambda a: a["joint_en_flag"][:6], all),
+            ("joint errors", arm.rm_get_arm_all_state, lambda a: a["joint_err_code"][:6],
+             lambda x: not any(x)),
+            ("errors", arm.rm_get_current_arm_state, lambda a: a["err"]["err"],
+             lambda x: not any(map(int, x))),
+            ("joint limits", arm.rm_get_joint_max_pos, lambda a: a[:6],
+             lambda x: (np.radians(x) >= JOINT_LIMIT - JOINT_MARGIN).all()),
+            ("gripper", arm.rm_get_gripper_state, lambda a: {key: a[key] for key in ("status", "error")},
+             lambda x: x == {"status": 1, "error": 0}),             # status 1: online
+            ("collision stage", arm.rm_get_collision_stage, int, lambda x: x > 0 or not self.move))  # 0: off
         rows = []
-        for what, call, right, text in table:
-            code, answer = within(2, call)
-            rows.append((what, text(answer), bool(right(answer))) if code == 0 else
+        for what, query, shown, right in table:
+            code, answer = within(2, query)
+            rows.append((what, str(shown(answer)), bool(right(shown(answer)))) if code == 0 else
                         (what, f"no answer (code {code})", False))
         age, q = time.monotonic() - self.state[0], self.state[1]
         rows.append(("state", f"{1000 * age:.0f} ms old, joints {np.degrees(q).round(1).tolist()} degrees, "
@@ -455,7 +427,7 @@ class RealmanArm:
 
     @property
     def joints(self):
-        """(6,) rad, measured. ArmStopped if the state is too old to be true."""
+        """(6,) rad, measured. ArmStopped if the state is too old."""
         at, q, _ = self.state
         if time.monotonic() - at > self.STATE_AGE:
             self.stop(f"state: the last one is {time.monotonic() - at:.2f} s old")
@@ -470,8 +442,8 @@ class RealmanArm:
     # -- commands --
 
     def arm_motors(self):
-        """From here on frames are sent and the watchdog watches. The target is where the arm stands, or, if
-        it is armed already, what was sent last. ArmStopped."""
+        """Start to send targets and to watch. The first target is where the arm stands, or, if it is armed
+        already, what was sent last. ArmStopped."""
         self.check()
         if not self.armed:
             code, degrees = within(1, self.arm.rm_get_joint_degree)
@@ -486,32 +458,29 @@ class RealmanArm:
         self.armed = True
 
     def rest(self):
-        """No command is expected until the next one; the arm holds its target."""
+        """Hold the target; the watchdog expects no command until the next one."""
         self.command_at = None
 
     def act(self, action):
-        """One action (7,) of a control step. -> what is executed of it (7,). Refused, ArmStopped.
+        """Aim at the target of an action (7,), one per control step. -> the part that is executed (7,).
+        Refused, after which the arm holds its target; ArmStopped.
 
-        In a dry run the gate assumes that the arm follows: otherwise LEAD would keep the targets near one
-        place.
+        A dry run assumes that the arm follows, because LEAD would otherwise keep the targets where it stands.
         """
         self.check()
         joints = self.joints
-        q, executed = self.gate(action, joints if self.move else self.gate.q)
-        self.grip = executed[6]
-        self._aim(q)
-        return executed
+        try:
+            _, executed = self.gate(action, joints if self.move else self.gate.q)
+            self.grip = executed[6]
+            return executed
+        finally:
+            self._aim(self.gate.q)
 
     def follow(self, q):
-        """One row of a path that was planned in joints. Refused, ArmStopped."""
+        """Aim at a target of a path that was planned in joints. Refused, ArmStopped."""
         self.check()
         self._aim(self.gate.admit(q, ABOVE))
         self.gate.hold(self.gate.q)
-
-    def keep(self):
-        """The arm holds its target: this follows a refused command."""
-        self.check()
-        self._aim(self.gate.q)
 
     def _aim(self, q):
         now = time.monotonic()
@@ -520,12 +489,12 @@ class RealmanArm:
     def check(self):
         """ArmStopped if the arm was stopped, or if the thread that sends the targets no longer does."""
         if self.armed and time.monotonic() - self.last_frame > self.OVERRUN:
-            self.stop(f"overrun: no frame for {time.monotonic() - self.last_frame:.2f} s")
+            self.stop(f"overrun: no target was sent for {time.monotonic() - self.last_frame:.2f} s")
         if self.stopped:
             raise ArmStopped(self.stopped)
 
     def stop(self, reason, fast=False):
-        """Latches, and sends a slow stop (fast: a hard one, which forgets the trajectory). Returns at once
+        """Latch, and send a slow stop (fast: a hard one, which forgets the trajectory). Returns at once
         whatever the controller does; may be called from any thread and from a signal handler."""
         self.stopped = self.stopped or reason
         if self.arm and self.armed and (fast or not self.stop_sent):
@@ -535,7 +504,7 @@ class RealmanArm:
             self.stopping.start()
 
     def _send_stop(self, call):
-        got = self.wire.acquire(timeout=0.05)       # after a frame that is on its way, not before it
+        got = self.wire.acquire(timeout=0.05)       # after a target that is being sent, not before it
         self.returned = call() if self.move else 0
         if self.returned:                           # refused or unanswered: once more, hard
             self.arm.rm_set_arm_stop()
@@ -544,30 +513,30 @@ class RealmanArm:
 
     # -- threads --
 
-    def _frame_loop(self):
-        due = time.monotonic()
+    def _repeat(self, step, name):
         try:
             while not self.closing:
-                due = max(due + FRAME, time.monotonic())
-                time.sleep(max(0.0, due - time.monotonic()))
-                if self.armed and not self.stopped:
-                    self.frame(time.monotonic())
+                step()
         finally:
             if not self.closing:
-                self.stop("driver: the thread that sends the targets has died")
+                self.stop(f"driver: the {name} thread has died")
 
-    def frame(self, now):
-        """One frame: the watchdog, then the joints' target of this moment."""
-        reason = self.watchdog(now)
-        if reason:
+    def _frame_step(self):
+        """Every 10 ms: the watchdog, then the joint target of this moment."""
+        self.due = max(self.due + FRAME, time.monotonic())
+        time.sleep(max(0.0, self.due - time.monotonic()))
+        if not self.armed or self.stopped:
+            return
+        now = time.monotonic()
+        if reason := self.watchdog(now):
             return self.stop(reason)
         self.last_frame = now
         self.advance((self.aim_at - now) / FRAME)
 
     def advance(self, frames_left):
-        """Sends the next joints on the straight line to the aim, to be there in frames_left frames. However
-        late a command or a frame is, they move no faster than MAX_JOINT_STEP and MAX_STEP per control
-        step."""
+        """Send the next joints on the straight line to the aim, to arrive in frames_left frames of 10 ms.
+        However late a command or a frame is, the arm moves no faster than MAX_JOINT_STEP and MAX_STEP per
+        control step."""
         step = (self.aim - self.sent) / max(frames_left, 1)
         share = CONTROL_HZ * FRAME                      # one frame is this share of a control step
         slower = min(1.0, share * MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
@@ -593,7 +562,7 @@ class RealmanArm:
         if self.command_at and now - self.command_at > self.STALL:
             return f"policy: no command for {now - self.command_at:.2f} s"
         if now - self.last_frame > self.OVERRUN:
-            return f"overrun: {now - self.last_frame:.2f} s between two frames"
+            return f"overrun: {now - self.last_frame:.2f} s between two targets"
         lag = np.abs(q - self.sent).max()
         if lag <= self.LAG or not self.move:
             self.lag_since = None
@@ -603,44 +572,37 @@ class RealmanArm:
             return f"lag: a joint is {np.degrees(lag):.1f} degrees behind its target"
         return next(filter(None, (watch() for watch in self.watch)), None)
 
-    def _grip_loop(self):
-        """The gripper: its wanted side is sent when it changes, its opening is asked for 20 times a second.
+    def _grip_step(self):
+        """The gripper, 20 times a second: send the wanted side when it changes, then ask for the opening.
 
-        On a busy machine the library sometimes gives up after its 200 ms and prints "get_gripper_state revice
-        error". Frames go on: the library sends them while it waits for the gripper, and this thread is not
-        the watchdog's. A stop was on the wire within 15 ms as a rule, once after 166 ms on a busy machine
-        (tests/rehearse_faults.py, "gripper late, space bar"). This thread asks again; a late answer then
-        counts for a later question, so `opening` may be half a second old. SILENT questions in a row without
-        an answer, which takes one to two seconds, stop the arm; so does a command that the gripper refuses.
+        SILENT unanswered queries in a row (one to two seconds) or a refused command stop the arm. Single
+        time-outs (200 ms; the library prints "get_gripper_state revice error") are normal on a busy machine:
+        this thread asks again, and targets go on. A late answer then belongs to an earlier query, so
+        `opening` may be half a second old. While the library waits here, a stop reaches the wire within 15 ms
+        as a rule, once after 166 ms (tests/rehearse_faults.py, "gripper late, space bar").
         """
-        silent = 0
-        try:
-            while not self.closing:
-                wanted, code = self.grip, 0
-                if self.move and self.armed and not self.stopped and wanted not in (None, self.grip_sent):
-                    # speed 500 of 1000; force 200 of 1000, which a paper cup survives; never blocking
-                    code = (self.arm.rm_set_gripper_release(500, False, 1) if wanted > 0.5 else
-                            self.arm.rm_set_gripper_pick(500, 200, False, 1))
-                    if code == 1:
-                        self.stop("gripper: command refused")
-                    if not code:
-                        self.grip_sent, silent = wanted, 0
-                if not code:
-                    code, answer = self.arm.rm_get_gripper_state()
-                silent = silent + 1 if code else 0
-                if not code:
-                    self.opening = answer["actpos"] / 1000
-                    if answer["error"] and self.armed:
-                        self.stop(f"gripper: error {answer['error']}")
-                elif silent >= self.SILENT and self.armed:
-                    self.stop(f"gripper: no answer, {silent} times in a row (code {code})")
-                time.sleep(0.05)
-        finally:
-            if not self.closing:
-                self.stop("driver: the gripper's thread has died")
+        wanted, code = self.grip, 0
+        if self.move and self.armed and not self.stopped and wanted not in (None, self.grip_sent):
+            # speed 500 of 1000; force 200 of 1000, which a paper cup survives; never blocking
+            code = (self.arm.rm_set_gripper_release(500, False, 1) if wanted > 0.5 else
+                    self.arm.rm_set_gripper_pick(500, 200, False, 1))
+            if code == 1:
+                self.stop("gripper: command refused")
+            if not code:
+                self.grip_sent, self.silent = wanted, 0
+        if not code:
+            code, answer = self.arm.rm_get_gripper_state()
+        self.silent = self.silent + 1 if code else 0
+        if not code:
+            self.opening = answer["actpos"] / 1000
+            if answer["error"] and self.armed:
+                self.stop(f"gripper: error {answer['error']}")
+        elif self.silent >= self.SILENT and self.armed:
+            self.stop(f"gripper: no answer, {self.silent} times in a row (code {code})")
+        time.sleep(0.05)
 
     def close(self):
-        """Stops what moves, ends the threads, releases the arm. Cannot hang."""
+        """Stop what moves, end the threads, release the arm. Cannot hang."""
         self.closing = True
         if self.armed and not self.stopped:
             self.stop("end")
@@ -653,27 +615,20 @@ class RealmanArm:
         self.lock.close()
 
 
-def dh_table(answer):
-    """The answer of rm_get_DH_data -> (6, 4) like DH: alpha (rad), a, d (m), offset (rad)."""
-    columns = answer if isinstance(answer, dict) else answer.to_dict(6)
-    alpha, length, d, offset = (np.array(columns[key][:6]) for key in ("alpha", "a", "d", "offset"))
-    return np.stack([np.radians(alpha), length, d, np.radians(offset)], axis=1)
-
-
 # ---- cameras ---------------------------------------------------------------------------------------------
 
 class Camera:
     """The newest picture of a camera and the time when it came, kept by a thread.
 
-    source  a number or /dev/v4l/by-id/... (a USB camera), or a URL (an IP camera; the rehearsal's)
+    source: a number or /dev/v4l/by-id/... for a USB camera, or a URL for an IP camera or the rehearsal's.
 
-    A picture that equals the one before, or that shows a single colour, does not count as new. A camera that
-    freezes or goes dark is therefore noticed like one that is unplugged: its last good picture gets too old,
-    and the watchdog stops the arm with the reason (trouble()).
+    A picture that equals the previous one, or that shows a single colour, does not count as new. So a camera
+    that freezes or goes dark is noticed like one that is unplugged: its last good picture gets too old, and
+    the watchdog stops the arm with the reason (trouble()).
     """
 
     def __init__(self, name, source):
-        self.name, self.source, self.closing = name, source, False
+        self.name, self.closing = name, False
         self.newest, self.why = (None, time.monotonic()), "no picture yet"
         if "://" in source:
             capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [
@@ -726,40 +681,26 @@ class Camera:
             return f"camera {self.name}: {self.why}, for {age:.2f} s"
 
 
-def open_cameras(sources):
-    """["front=0", "side=/dev/v4l/by-id/..."] -> {name: Camera}, in that order. InputError."""
-    cameras = {}
-    for text in sources:
-        name, _, source = text.partition("=")
-        if not name or not source or name in cameras:
-            raise InputError(f"--cameras takes different NAME=SOURCE, got {text!r}: --cameras front=0 side=2")
-        cameras[name] = Camera(name, source)
-    return cameras
+# ---- the person beside the arm, or the rehearsal in that place ---------------------------------------------
 
-
-# ---- the person beside the arm ---------------------------------------------------------------------------
-
-class Keys:
-    """Keys as they are pressed, without Enter. The space bar stops the arm at once, at any time."""
+class Person:
+    """The keyboard, read without Enter, and the person at it, who sets the scene and judges the outcome. The
+    space bar stops the arm at any time."""
 
     def __init__(self, arm):
-        self.pressed, self.arm, self.old = queue.Queue(), arm, None
-        if not sys.stdin.isatty():
-            return
-        self.old = termios.tcgetattr(sys.stdin)
-        tty.setcbreak(sys.stdin)
-        atexit.register(self.close)
-        threading.Thread(target=self._read, daemon=True).start()
+        self.pressed, self.arm, self.terminal = queue.Queue(), arm, sys.stdin.isatty()
+        if self.terminal:
+            atexit.register(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, termios.tcgetattr(sys.stdin))
+            tty.setcbreak(sys.stdin)
+            threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self):
-        try:
+        with contextlib.suppress(OSError):
             while key := os.read(sys.stdin.fileno(), 1):
                 if key == b" ":
                     self.arm.stop("stopped by the space bar")
                 else:
                     self.pressed.put(key.decode(errors="ignore"))
-        except OSError:
-            pass
         self.arm.stop("the keyboard is gone, and the space bar with it")
 
     def get(self):
@@ -768,59 +709,43 @@ class Keys:
             return self.pressed.get_nowait()
 
     def ask(self, question, answers):
-        """Waits for one of the keys in `answers`. ArmStopped; InputError without a terminal."""
-        if not self.old:
+        """Wait for one of the keys in `answers`. ArmStopped; InputError without a terminal."""
+        if not self.terminal:
             raise InputError("a person has to answer here, but stdin is no terminal (--arm sim asks nobody)")
         print(question, end=" ", flush=True)
         while self.get():
             pass
-        while True:
+        while (key := (self.get() or " ").lower()) not in answers:
             self.arm.check()
-            key = self.get()
-            if key and key.lower() in answers:
-                print(key.strip() or "", flush=True)
-                return key.lower()
             time.sleep(0.02)
-
-    def close(self):
-        if self.old:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.old)
-            self.old = None
-
-
-class Person:
-    """Sets the scene and judges, at the keyboard."""
-
-    def __init__(self, keys):
-        self.keys = keys
+        print(key.strip(), flush=True)
+        return key
 
     def ready(self):
-        self.keys.ask("\nhold what the gripper holds, then Enter: it opens, and the arm goes home", "\n\r")
+        self.ask("\nhold what the gripper holds, then Enter: it opens, and the arm goes home", "\n\r")
 
     def set_scene(self, task, start):
-        self.keys.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then "
-                      "Enter (the space bar stops the arm at any time)", "\n\r")
+        self.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then Enter "
+                 "(the space bar stops the arm at any time)", "\n\r")
 
     def verdict(self):
         """True (y), False (n), or None: the episode goes on."""
-        return {"y": True, "n": False}.get(self.keys.get())
+        return {"y": True, "n": False}.get(self.get())
 
     def judge(self):
-        return self.keys.ask("time is up: success? y/n", "yn") == "y"
+        return self.ask("time is up: success? y/n", "yn") == "y"
 
 
 class Rehearsal:
-    """The fake controller's twin as a person beside a real table would see it. It takes the place of the
-    Person, and of the environment that the scripted Expert asks."""
+    """Stands in for the Person, and for the environment that the scripted Expert observes: what someone
+    beside the fake controller's twin would see."""
 
     def __init__(self, port):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.lines = self.socket.makefile("rb")
+        self.wire = socket.create_connection(("127.0.0.1", port), timeout=10).makefile("rw")
 
     def ask(self, command, **more):
-        self.socket.sendall(json.dumps({"command": command, **more}).encode() + b"\n")
-        line = self.lines.readline()
+        print(json.dumps({"command": command, **more}), file=self.wire, flush=True)
+        line = self.wire.readline()
         if not line:
             raise ArmStopped("the rehearsal's twin is gone")
         return json.loads(line)
@@ -831,13 +756,10 @@ class Rehearsal:
     def set_scene(self, task, start):
         self.task_name, self.task = task, TASKS[task]
         self.ask("twin_begin", task=task, seed=start)
-        self.look()
-
-    def look(self):
-        self.seen = self.ask("twin_state")
+        self.verdict()
 
     def verdict(self):
-        self.look()
+        self.seen = self.ask("twin_state")
         return self.seen["success"] or None
 
     def judge(self):
@@ -856,30 +778,28 @@ class Rehearsal:
 # ---- the environment -------------------------------------------------------------------------------------
 
 class EpisodeAborted(Exception):
-    """Several commands in a row were refused, or the operator gave up: the arm holds, the episode has
-    failed."""
+    """Several commands in a row were refused, or the operator gave up: the arm holds its target, the episode
+    has failed."""
 
 
 class ArmEnv:
-    """The arm with the contract of every environment: reset, step, render, at CONTROL_HZ of real time.
+    """The arm as an environment: reset, step, render, at CONTROL_HZ in real time.
 
-    who      sets the scene and judges: a Person, or the Rehearsal
-    journal  a file; every command becomes a line of it: as it came, as it was executed, why it was refused,
-    where
-             the joints were, how late it was, how old state and pictures were
+    who      a Person or the Rehearsal, who sets the scene and judges
+    journal  a file for one line per command: the action as it came and as it was executed, why it was
+             refused, where the joints were, how late it was, how old state and pictures were
     judged   False: step() never says done, the operator ends the episode
     """
     REFUSALS = 3        # refused commands in a row that end the episode
 
     def __init__(self, arm, cameras, image_size, who, journal=None, resize="squash", judged=True):
         self.arm, self.views, self.who, self.resize = arm, cameras, who, resize
-        self.cameras, self.image_size, self.journal = tuple(cameras), image_size, journal
-        self.judged, self.refusals = judged, collections.Counter()      # of all episodes, by reason
-        self.ticks, self.missed, self.late, self.worst = 0, 0, 0.0, 0.0
+        self.image_size, self.journal, self.judged = image_size, journal, judged
+        self.lateness, self.refusals = [], collections.Counter()    # of all steps (s); of all, by reason
         arm.watch = [camera.trouble for camera in cameras.values()]
 
     def reset(self, task, start):
-        """Opens the gripper, goes home, has the scene set. A person is asked before the arm moves by itself a
+        """Open the gripper, go home, have the scene set. A person is asked before the arm moves by itself a
         second time. -> obs. ArmStopped, InputError"""
         arm, self.steps = self.arm, 0
         arm.rest()
@@ -888,19 +808,15 @@ class ArmEnv:
         arm.arm_motors()
         arm.grip = 1.0
         path = path_home(arm.gate.q)
-        try:
-            for q in path if arm.move else []:
-                arm.follow(q)
-                time.sleep(1 / CONTROL_HZ)
-        except Refused as refused:              # cannot be: path_home asked the same gate
-            arm.stop(f"on the way home: {refused}")
-            arm.check()
+        for q in path if arm.move else []:
+            arm.follow(q)
+            time.sleep(1 / CONTROL_HZ)
         if path and not arm.move:
             arm.gate.hold(path[-1])
         arm.rest()
         self.who.set_scene(task, start)
-        self.task_name, self.start, self.instruction = task, start, TASKS[task].instruction
-        self.max_steps, self.refused = TASKS[task].max_steps, 0
+        self.task_name, self.start, self.refused = task, start, 0
+        self.max_steps = TASKS[task].max_steps
         ready = time.monotonic() + 0.1          # pictures that are on their way may still show the old scene
         while any(camera.at < ready for camera in self.views.values()):
             arm.check()                         # a camera that gives nothing new stops the arm
@@ -909,10 +825,10 @@ class ArmEnv:
         return self.observe()
 
     def step(self, action, look=True):
-        """Sends an action (7,) and waits for the end of the control step. -> obs (None unless look), done,
+        """Send an action (7,) and wait for the end of the control step. -> obs (None unless look), done,
         success
 
-        A refused action makes the arm hold its target; REFUSALS in a row are EpisodeAborted. ArmStopped.
+        After a refused action the arm holds its target; REFUSALS in a row are EpisodeAborted. ArmStopped.
         """
         why, at = None, time.monotonic()
         try:
@@ -922,18 +838,16 @@ class ArmEnv:
             why, self.executed = str(refused), np.array([0, 0, 0, 0, 0, 0, float((self.arm.grip or 0) > 0.5)])
             self.refused += 1
             self.refusals[why.split(":")[0]] += 1
-            self.arm.keep()
         now = time.monotonic()
         self.due += 1 / CONTROL_HZ
-        self.late = max(0.0, now - self.due)
-        self.worst = max(self.worst, self.late)
-        if self.late:                           # the step ended before its command went out: a new one begins
-            self.missed += 1
+        self.lateness.append(max(0.0, now - self.due))
+        if now > self.due:                      # the step ended before its command went out: a new one begins
             self.due = now + 1 / CONTROL_HZ
         time.sleep(max(0.0, self.due - time.monotonic()))
-        self.steps, self.ticks = self.steps + 1, self.ticks + 1
+        self.steps += 1
         self.seconds = time.monotonic() - self.begun
-        self._write(action, why, at)
+        if self.journal:
+            self._write(action, why, at)
         if self.refused >= self.REFUSALS:
             raise EpisodeAborted(f"{self.refused} commands in a row refused, the last one: {why}")
         verdict = self.who.verdict() if self.judged else None
@@ -943,19 +857,18 @@ class ArmEnv:
         return self.observe() if look and verdict is None else None, verdict is not None, bool(verdict)
 
     def _write(self, action, why, at):
-        if self.journal:
-            state_at, q, _ = self.arm.state
-            self.journal.write(json.dumps({
-                "t": at, "task": self.task_name, "start": self.start, "step": self.steps,
-                "raw": np.asarray(action, float).ravel().tolist(), "refused": why,
-                "executed": self.executed.round(6).tolist(),
-                "target_deg": np.degrees(self.arm.gate.q).round(3).tolist(),
-                "measured_deg": np.degrees(q).round(3).tolist(), "returned": self.arm.returned,
-                "late_ms": round(1000 * self.late, 2), "state_ms": round(1000 * (at - state_at), 1),
-                "image_ms": [round(1000 * (at - c.at), 1) for c in self.views.values()]}) + "\n")
+        state_at, q, _ = self.arm.state
+        self.journal.write(json.dumps({
+            "t": at, "task": self.task_name, "start": self.start, "step": self.steps,
+            "raw": np.asarray(action, float).ravel().tolist(), "refused": why,
+            "executed": self.executed.round(6).tolist(),
+            "target_deg": np.degrees(self.arm.gate.q).round(3).tolist(),
+            "measured_deg": np.degrees(q).round(3).tolist(), "returned": self.arm.returned,
+            "late_ms": round(1000 * self.lateness[-1], 2), "state_ms": round(1000 * (at - state_at), 1),
+            "image_ms": [round(1000 * (at - c.at), 1) for c in self.views.values()]}) + "\n")
 
     def observe(self):
-        """What the policy sees: the newest pictures, resized as for training, and proprioception."""
+        """What the policy sees: the newest pictures, resized as in training, and proprioception."""
         return {"images": {name: self.render(name, self.image_size) for name in self.views},
                 "proprio": self.arm.proprio()}
 
@@ -965,8 +878,9 @@ class ArmEnv:
 
     def timing(self):
         """What was late or refused since the start of the script, as text."""
-        return (f"timing       {self.ticks} control steps, {self.missed} missed their deadline (worst by "
-                f"{1000 * self.worst:.1f} ms); refused: {dict(self.refusals) or 'none'}")
+        return (f"timing       {len(self.lateness)} control steps, {np.count_nonzero(self.lateness)} missed "
+                f"their deadline (worst by {1000 * max(self.lateness, default=0):.1f} ms); refused: "
+                f"{dict(self.refusals) or 'none'}")
 
 
 # ---- teleoperation ---------------------------------------------------------------------------------------
@@ -979,15 +893,15 @@ class KeyboardTeleop:
     MOVES = {"w": (0, 0.005), "s": (0, -0.005), "a": (1, 0.005), "d": (1, -0.005), "r": (2, 0.005),
              "f": (2, -0.005), "q": (5, np.radians(3)), "e": (5, -np.radians(3))}
 
-    def __init__(self, keys):
-        self.keys = keys
+    def __init__(self, keyboard):
+        self.keyboard = keyboard
 
     def begin(self, _):
         self.gripper, self.held = 1.0, -1.0
 
     def read(self, gate):
         action, button = np.zeros(ACTION_DIM), ""
-        while key := self.keys.get():
+        while key := self.keyboard.get():
             self.held = time.monotonic()
             if key in self.MOVES:
                 number, change = self.MOVES[key]
@@ -1003,7 +917,7 @@ class KeyboardTeleop:
 
 
 class ScriptedTeleop:
-    """The scripted expert in the place of a person, in the rehearsal."""
+    """The scripted expert as the operator, in the rehearsal."""
 
     def __init__(self, rehearsal):
         self.rehearsal = rehearsal
@@ -1012,24 +926,22 @@ class ScriptedTeleop:
         self.expert, self.steps = Expert(self.rehearsal, seed), 0
 
     def read(self, gate):
-        self.rehearsal.look()
+        success = self.rehearsal.verdict()
         self.steps += 1
         late = "discard" if self.steps > self.rehearsal.task.max_steps else ""
-        return self.expert.act(), True, "save" if self.rehearsal.seen["success"] else late
+        return self.expert.act(), True, "save" if success else late
 
 
 class QuestTeleop:
-    """A Meta Quest through the `teleop` package: its page in the headset's browser sends the controller's
+    """A Meta Quest through the `teleop` package, whose page in the headset's browser sends the controller's
     pose. Grip: hold the arm; trigger: gripper; A: save; B: discard.
 
-    While the grip is held, the tool moves as the hand does, from where it was when the grip was closed; when
-    it is let go, the tool stays. A hand that jumps was lost by its tracker: it has to let go first. Silence
-    counts as a released grip.
+    While the grip is held, the tool repeats the motion of the hand since the grip was closed. After a jump of
+    the hand (its tracker lost it) the grip must be opened first. Silence counts as an open grip.
 
-    The page is served on loopback alone, because it asks for no password: `adb reverse tcp:4443 tcp:4443`
-    brings it to a headset on a USB cable, at https://localhost:4443. When tracking is lost, the page sends
-    the *headset's* pose as if nothing had happened, and the package hides the jump; so jumps are looked for
-    here, in the raw positions.
+    When tracking is lost, the page sends the headset's pose instead, and the package hides the jump; jumps
+    are therefore looked for in the raw positions. The page asks for no password, so it is served on loopback
+    alone: `adb reverse tcp:4443 tcp:4443` brings it to a headset on a USB cable, https://localhost:4443.
     """
     SILENCE = 0.25      # s
     JUMP = 0.05         # m between two messages, which come up to 100 times a second
@@ -1084,8 +996,7 @@ class QuestTeleop:
 def rollout(env, policy_fn, chunker, task, start, max_steps=None, film=None):
     """One episode: observation -> action chunk -> action -> step. -> success, actions (T, A)
 
-    policy_fn(obs) -> (n, A) is called only when the chunker needs a new chunk, always with the newest
-    observation.
+    policy_fn(obs) -> (n, A) is called with the newest observation whenever the chunker needs a new chunk.
     """
     chunker.reset()
     obs, actions = env.reset(task, start), []
@@ -1115,9 +1026,9 @@ def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
     """InputError if a finetuned checkpoint does not fit an environment.
 
     label, name             the checkpoint and the environment, for the message
-    cameras, proprio_dim    what the environment's observations have
+    cameras, proprio_dim    what the environment observes
     action                  its actions, described like ACTION: number, units and `delta` are compared
-    hz                      its control rate; every dataset of the checkpoint must have it
+    hz                      its control rate, which every dataset of the checkpoint must have
     """
     config, data = checkpoint["config"], checkpoint["data"]
     trained = data.get("action") or {}
@@ -1147,11 +1058,11 @@ class Film:
         self.env, self.cameras, self.hz, self.size, self.frames = env, cameras, hz, size, []
 
     def add(self):
-        """Adds what env.render(camera, size) shows now, the cameras side by side."""
+        """Add what env.render(camera, size) shows now, the cameras side by side."""
         self.frames.append(np.concatenate([self.env.render(c, self.size) for c in self.cameras], 1))
 
     def write(self, folder, name, instruction, success):
-        """Writes folder/name_success.mp4 or name_failure.mp4, with instruction and outcome on every frame."""
+        """Write folder/name_success.mp4 or name_failure.mp4, with instruction and outcome on every frame."""
         outcome = "success" if success else "failure"
         folder.mkdir(parents=True, exist_ok=True)
         path, partial = (folder / f"{part}{name}_{outcome}.mp4" for part in ("", "partial_"))
@@ -1171,16 +1082,10 @@ class Film:
         os.replace(partial, path)
 
 
-# ---- around every command: consent, signals, the station -------------------------------------------------
-
-def moves(args):
-    """Whether this command may move anything: the twin always, a real arm with --move."""
-    return args.move or args.arm == "sim"
-
+# ---- around every command: consent, output folder, station -----------------------------------------------
 
 def consent(args, what):
-    """Before a real arm moves, and before anything is overwritten, a person at a terminal has to type
-    MOVE."""
+    """A person at a terminal has to type MOVE before a real arm moves or a file of it is overwritten."""
     if args.arm == "sim" or not args.move:
         return
     if not sys.stdin.isatty():
@@ -1192,10 +1097,27 @@ def consent(args, what):
           f"  speed  tool {MAX_STEP * CONTROL_HZ:.1f} m/s, joints "
           f"{np.degrees(MAX_JOINT_STEP) * CONTROL_HZ:.0f} degrees/s at most; way home "
           f"{np.degrees(HOME_SPEED):.0f} degrees/s\n"
-          "Nobody within reach, the emergency stop in your hand: it is the safety device, this is a program.")
-    print("type MOVE:", end=" ", flush=True)
+          "Keep everybody out of reach and the emergency stop in your hand: it is the safety device, this is "
+          "a program.\ntype MOVE:", end=" ", flush=True)
     if sys.stdin.readline().strip() != "MOVE":
         raise InputError("not confirmed: nothing was sent")
+
+
+def open_output(args, out, settings):
+    """Prepare the folder of a command's episodes -> its journal OUT/commands.jsonl, see ArmEnv. A dry run
+    writes nothing. InputError if the folder is in use, or if its episodes were made with other settings."""
+    if not args.move:
+        return open(os.devnull, "w")
+    about = out / "settings.json"
+    check_free(out, about.exists(), args)
+    if about.exists() and args.overwrite:
+        for path in (path for kind in ("*.h5", "*.jsonl") for path in list(out.glob(kind))):
+            path.unlink()
+    elif about.exists():
+        check_same(out, read_json(about), settings)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(about, settings)
+    return open(out / "commands.jsonl", "a", buffering=1)
 
 
 def on_signal(arm, number, _):
@@ -1206,42 +1128,48 @@ def on_signal(arm, number, _):
         raise KeyboardInterrupt
 
 
+def start_fake(*flags):
+    """Start the fake controller, tests/fake_arm.py. -> its process, its ports. InputError"""
+    command = [sys.executable, str(Path(__file__).parent / "tests" / "fake_arm.py"), *flags]
+    fake = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            start_new_session=True)         # Ctrl-C is for this process alone
+    line = fake.stdout.readline()
+    if not line:
+        raise InputError("the rehearsal (tests/fake_arm.py) did not start, see above")
+    return fake, json.loads(line)
+
+
 @contextlib.contextmanager
 def station(args, need_cameras=True):
-    """The arm, its cameras and the keyboard, checked, for as long as they are used. Whatever ends the block
-    stops the arm. -> namespace: arm, checks, cameras, keys, who (a Person, or the Rehearsal). InputError"""
-    fake = arm = keys = who = None
-    address, sources, cameras = args.arm, args.cameras or [], {}
+    """The arm, its cameras and the person, checked, for as long as they are used. Whatever ends the block
+    stops the arm. -> namespace: arm, checks, cameras, keyboard (a Person), who (that Person, or the
+    Rehearsal). InputError"""
+    fake = arm = who = None
+    address, sources, cameras = args.arm, args.cameras, {}
     try:
         if args.arm == "sim":
-            command = [sys.executable, str(Path(__file__).parent / "tests" / "fake_arm.py"),
-                       "--spread", str(args.spread)]
-            fake = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    start_new_session=True)         # Ctrl-C is for this process alone
-            ports = json.loads(fake.stdout.readline() or "{}")
-            if not ports:
-                raise InputError("the rehearsal (tests/fake_arm.py) did not start, see above")
+            fake, ports = start_fake()
             address, who = f"127.0.0.1:{ports['port']}", Rehearsal(ports["port"])
-            sources = sources or [f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in CAMERAS]
+            sources = {c: f"http://127.0.0.1:{ports['cameras']}/{c}" for c in CAMERAS}
         elif need_cameras and not sources:
             raise InputError("--cameras is needed: --cameras front=0 side=2 (ls /dev/v4l/by-id)")
-        arm = RealmanArm(address, move=moves(args))
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), functools.partial(on_signal, arm))
-        cameras, checks = open_cameras(sources), arm.checks()
+        arm = RealmanArm(address, args.move)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, functools.partial(on_signal, arm))
+        cameras, checks = {name: Camera(name, source) for name, source in sources.items()}, arm.checks()
         for what, found, right in checks:
             print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
         for camera in cameras.values():
             height, width = camera.picture.shape[:2]
-            print(f"ok     camera           {camera.name}: {camera.source}, {width} x {height}")
+            print(f"ok     camera           {camera.name}: {width} x {height}")
         if not arm.move:
             print("DRY RUN: everything is computed, but nothing that moves is sent; --move moves the arm")
         wrong = [f"{what} is {found}" for what, found, right in checks if not right]
         if wrong:
-            raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Mend it with the vendor's page or "
+            raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page or "
                              "pendant")
-        keys = Keys(arm)
-        yield argparse.Namespace(arm=arm, cameras=cameras, keys=keys, checks=checks, who=who or Person(keys))
+        person = Person(arm)
+        yield argparse.Namespace(arm=arm, cameras=cameras, keyboard=person, checks=checks, who=who or person)
     except ArmStopped as stopped:
         raise InputError(f"the arm was stopped: {stopped}. Look at it before you start again; finished "
                          "episodes are kept, --resume goes on with the others") from stopped
@@ -1250,44 +1178,19 @@ def station(args, need_cameras=True):
             arm.close()
         for camera in cameras.values():
             camera.close()
-        if keys:
-            keys.close()
         if fake:
-            fake.stdin.close()
             fake.kill()
             fake.wait()
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
 
-def choose_tasks(text):
-    names = text.split(",") if text else list(TASKS)
-    for name in names:
-        if name not in TASKS:
-            raise InputError(f"there is no task {name!r}, but {', '.join(TASKS)}")
-    return names
-
-
-def camera_names(args):
-    return [text.partition("=")[0] for text in args.cameras or CAMERAS]
-
-
-def open_output(out, args, *kinds):
-    """The folder of a command's episodes, created; --overwrite deletes the files of these kinds in it.
-    InputError if it holds some of the first kind, unless --resume or --overwrite was given."""
-    check_free(out, any(out.glob(kinds[0])), args)
-    for path in [path for kind in kinds for path in out.glob(kind)] if args.overwrite else ():
-        path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-
-
 def check(args):
-    """Reads everything and moves nothing; shows what all cameras see in one picture."""
+    """Reads everything and moves nothing; writes one picture of what all cameras see."""
     args.move = False
     with station(args) as s:
-        pictures = [camera.picture for camera in s.cameras.values()]
-        height = min(len(p) for p in pictures)
-        pictures = [cv2.resize(p, (round(p.shape[1] * height / len(p)), height)) for p in pictures]
+        pictures = [cv2.resize(picture, (round(picture.shape[1] * 480 / len(picture)), 480))
+                    for picture in (camera.picture for camera in s.cameras.values())]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.out, cv2.imencode(".png", np.concatenate(pictures, axis=1))[1].tobytes())
         print(f"cameras      {args.out}: look at it")
@@ -1296,7 +1199,7 @@ def check(args):
 def record(args):
     """Records teleoperated demonstrations as raw takes; `prepare_data.py realman` makes a dataset of them.
 
-    OUT/takes.json          written first: arm, settings, cameras, control rate, ACTION, PROPRIO, firmware
+    OUT/takes.json          written first: cameras, control rate, ACTION, PROPRIO, geometry, firmware
     OUT/commands.jsonl      every command, see ArmEnv
     OUT/<task>-<start>.h5   one per kept take, T observations and T-1 actions, written atomically:
         images/<camera>     (T,) JPEG files, quality 95, as large as the camera gives them
@@ -1307,30 +1210,22 @@ def record(args):
         proprio             (T, 7) float32
         attributes          task, instruction, start, fps
     """
-    tasks, out = choose_tasks(args.tasks), Path(args.out)
-    name = args.operator or ("expert" if args.arm == "sim" else None)
-    if name is None or name == "expert" and args.arm != "sim":
-        raise InputError("--operator keyboard or quest records on an arm; expert is for --arm sim")
-    if name == "keyboard" and not sys.stdin.isatty():
-        raise InputError("--operator keyboard needs a terminal")
-    settings = {"arm": args.arm, "operator": name, "cameras": camera_names(args), "spread": args.spread}
-    consent(args, f"where the operator ({name}) leads it")
-    if moves(args):
-        open_output(out, args, "takes.json", "*.h5", "commands.jsonl")
-        if (out / "takes.json").exists():
-            check_same(out / "takes.json", read_json(out / "takes.json")["settings"], settings)
-    with (station(args) as s,
-          open(out / "commands.jsonl" if moves(args) else os.devnull, "a", buffering=1) as journal):
-        if moves(args):
+    out = Path(args.out)
+    if args.operator == "expert" and args.arm != "sim":
+        raise InputError("--operator keyboard or quest leads an arm; expert is scripted, for --arm sim")
+    consent(args, f"where the operator ({args.operator}) leads it")
+    settings = {"arm": args.arm, "operator": args.operator, "cameras": list(args.cameras or CAMERAS)}
+    with open_output(args, out, settings) as journal, station(args) as s:
+        if args.move:
             write_json(out / "takes.json", {
                 "format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "cameras": list(s.cameras),
-                "action": ACTION, "proprio": PROPRIO, "settings": settings, "workspace_m": WORKSPACE.tolist(),
-                "tool_m": TOOL, "dh": DH.tolist(), "arm": {what: found for what, found, _ in s.checks}})
+                "action": ACTION, "proprio": PROPRIO, "workspace_m": WORKSPACE.tolist(), "tool_m": TOOL,
+                "dh": DH.tolist(), "arm": {what: found for what, found, _ in s.checks}})
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
-        operator = (KeyboardTeleop(s.keys) if name == "keyboard" else QuestTeleop() if name == "quest" else
-                    ScriptedTeleop(s.who))
-        for start in range(args.seed, args.seed + args.episodes):
-            for task in tasks:
+        operator = (KeyboardTeleop(s.keyboard) if args.operator == "keyboard" else
+                    QuestTeleop() if args.operator == "quest" else ScriptedTeleop(s.who))
+        for start in range(args.episodes):
+            for task in args.tasks:
                 path, tries = out / f"{task}-{start:05d}.h5", 0
                 while not path.exists():
                     take = record_take(env, operator, task, start, seed=start + 1000 * tries)
@@ -1381,13 +1276,13 @@ def record_take(env, operator, task, start, seed):
         except EpisodeAborted as e:
             return print(f"aborted      {e}")
         finally:
-            env.arm.rest()      # what follows takes its time
+            env.arm.rest()      # writing takes its time
         return {key: [row[key].result()[1].ravel() if key.startswith("images/") else row[key]
                       for row in rows if key in row] for key in rows[0]}
 
 
 def write_take(path, task, start, take):
-    """Writes a take in one go: its file is whole or absent."""
+    """Write a take in one go: its file is whole or absent."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
         f.attrs.update(task=task, instruction=TASKS[task].instruction, start=start, fps=CONTROL_HZ)
@@ -1408,12 +1303,11 @@ def replay(args):
     try:
         with h5py.File(args.take) as f:
             task, start, proprio = f.attrs["task"], int(f.attrs["start"]), f["proprio"][:]
-            actions = f["actions"][:].astype(np.float64)
+            actions, instruction = f["actions"][:].astype(np.float64), TASKS[task].instruction
     except (OSError, KeyError) as e:
         raise InputError(f"{args.take} is no take of `robot.py record` ({e})") from e
-    choose_tasks(task)
     parts = int(np.ceil(1 / args.speed))
-    what = f"{args.take} ({TASKS[task].instruction}) at 1/{parts} of its speed"
+    what = f"{args.take} ({instruction}) at 1/{parts} of its speed"
     consent(args, what)
     with station(args, need_cameras=False) as s:
         env, apart = ArmEnv(s.arm, s.cameras, 64, s.who, judged=False), []
@@ -1434,75 +1328,59 @@ def replay(args):
 
 def run_rollout(args):
     """Runs finetuned policies on the arm (the paper's Table II); one line per episode in
-    OUT/episodes.jsonl."""
+    OUT/episodes.jsonl. With --compare, two policies take turns."""
     torch.set_num_threads(1)
-    tasks, origin = choose_tasks(args.tasks), provenance()
-    paths = [args.checkpoint, *[args.compare] * bool(args.compare)]
-    policies = {file_hash(path): (path, *load_policy(path, args.device, stage="finetune")) for path in paths}
-    if len(policies) < len(paths):
+    out, origin, policies = Path(args.out or Path(args.checkpoint).parent / "rollout_arm"), provenance(), {}
+    for path in filter(None, (args.checkpoint, args.compare)):
+        policy, checkpoint = load_policy(path, args.device, stage="finetune")
+        check_fit(path, checkpoint, "the arm", args.cameras or CAMERAS, PROPRIO_DIM, ACTION, CONTROL_HZ)
+        chunker = ActionChunker(policy.chunk, args.execute)
+        policies[file_hash(path)] = path, policy, chunker, checkpoint["data"].get("resize")
+    if args.compare and len(policies) < 2:
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}")
-    views = set()
-    for path, policy, checkpoint in policies.values():
-        check_fit(path, checkpoint, "the arm", camera_names(args), PROPRIO_DIM, ACTION, CONTROL_HZ)
-        ActionChunker(policy.chunk, args.execute)
-        views.add((policy.config["image_size"], checkpoint["data"].get("resize") == "crop"))
-    if len(views) > 1:
-        raise InputError(f"the checkpoints see pictures of different size or shape: {sorted(views)}")
-    (image_size, crop), = views
-    settings = {"env": "arm", "arm": args.arm, "execute": args.execute, "decay": args.decay,
-                "seed": args.seed, "spread": args.spread if args.arm == "sim" else None}
-    starts = range(EVAL_SEED0 + args.seed, EVAL_SEED0 + args.seed + args.episodes)
-    out, done = Path(args.out or Path(args.checkpoint).parent / "rollout_arm"), {}
-    consent(args, f"up to {args.episodes} episodes per task under {' and '.join(paths)}")
-    if moves(args):
-        open_output(out, args, "episodes.jsonl", "commands.jsonl", "videos/*.mp4")
-        for line in read_lines(out / "episodes.jsonl"):
-            check_same(out / "episodes.jsonl", line["settings"], settings)
-            done[line["arm"], line["task"], line["start"]] = line["success"]
+    consent(args, f"up to {args.episodes} episodes per task under {args.checkpoint} {args.compare or ''}")
+    settings = {"env": "arm", "arm": args.arm, "execute": args.execute}
+    starts = range(EVAL_SEED0, EVAL_SEED0 + args.episodes)
     # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
-    jobs = [(key, task, start) for start in starts for task in tasks
+    jobs = [(key, task, start) for start in starts for task in args.tasks
             for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])]
-    with (station(args) as s,
-          open(out / "commands.jsonl" if moves(args) else os.devnull, "a", buffering=1) as journal):
-        env = ArmEnv(s.arm, s.cameras, image_size, s.who, journal, "crop" if crop else "squash")
-        for _, policy, _ in policies.values():      # the first calls are slow: not while an episode runs
-            for _ in range(3):
-                policy_function(policy, "", np.random.default_rng(0))(env.observe())
-        for key, task, start in jobs:
+    with open_output(args, out, settings) as journal, station(args) as s:
+        done = {(line["arm"], line["task"], line["start"]) for line in read_lines(out / "episodes.jsonl")}
+        envs = {}
+        for key, (_, policy, _, resize) in policies.items():
+            envs[key] = ArmEnv(s.arm, s.cameras, policy.config["image_size"], s.who, journal,
+                               "crop" if resize == "crop" else "squash")
+            for _ in range(3):          # the first calls are slow: not while an episode runs
+                policy_function(policy, "", np.random.default_rng(0))(envs[key].observe())
+        for number, (key, task, start) in enumerate(jobs, 1):
             if (key, task, start) in done:
                 continue
-            path, policy, _ = policies[key]
+            (path, policy, chunker, _), env, success, end = policies[key], envs[key], False, None
             policy_fn = policy_function(policy, TASKS[task].instruction,
-                                        np.random.default_rng([args.seed, start, tasks.index(task), 8]))
-            chunker, success, end = ActionChunker(policy.chunk, args.execute, args.decay), False, None
-            film = Film(env, env.cameras, CONTROL_HZ) if start in starts[:args.video] else None
+                                        np.random.default_rng([start, list(TASKS).index(task)]))
             try:
-                success, _ = rollout(env, policy_fn, chunker, task, start, film=film)
+                success, _ = rollout(env, policy_fn, chunker, task, start)
             except (EpisodeAborted, ArmStopped, KeyboardInterrupt) as e:    # a failure, if it had begun
                 end = e
-            if isinstance(end, (ArmStopped, KeyboardInterrupt)) and not env.steps:
+            stopped = isinstance(end, (ArmStopped, KeyboardInterrupt))
+            if stopped and not env.steps:
                 raise end
             s.arm.rest()
             if not s.arm.move:
                 return print(f"dry run: {env.steps} steps of {path} with an arm that stood still, nothing "
                              f"kept\n{env.timing()}")
-            done[key, task, start] = success
             append_line(out / "episodes.jsonl", {
                 "arm": key, "label": path, "task": task, "start": start, "success": success,
                 "aborted": end and (str(end) or "keyboard"), "steps": env.steps,
-                "seconds": round(env.seconds, 3), "actions": "", "settings": settings,
+                "seconds": round(env.seconds, 3), "settings": settings,
                 "commit": origin["commit"], "machine": origin["machine"]})
-            if film:
-                film.write(out / "videos", f"{task}_{start}_{key}", TASKS[task].instruction, success)
-            print(f"{len(done):4d}/{len(jobs)} {path} {task} #{start}: "
+            print(f"{number:4d}/{len(jobs)} {path} {task} #{start}: "
                   f"{'success' if success else 'failure'}, {env.steps} steps in {env.seconds:.2f} s"
                   + f"; aborted: {end}" * bool(end), flush=True)
-            if isinstance(end, (ArmStopped, KeyboardInterrupt)):
+            if stopped:
                 raise end
-        print(env.timing())
-    for key, (path, *_) in policies.items():
-        for task in tasks:
-            print(f"{path:40s} {task:24s} {sum(done[key, task, n] for n in starts)}/{len(starts)}")
+        for env in envs.values():
+            print(env.timing())
     print(f"next         python evaluate.py --results {out}")
 
 
@@ -2084,24 +1962,30 @@ def expert_episode(env, task, seed):
 
 # ---- command line ----------------------------------------------------------------------------------------
 
+def camera_source(text):
+    """"front=0" -> ("front", "0")"""
+    name, _, source = text.partition("=")
+    if not name or not source:
+        raise argparse.ArgumentTypeError(f"expected NAME=SOURCE, for example front=0, got {text!r}")
+    return name, source
+
+
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     arm = argparse.ArgumentParser(add_help=False)
     g = arm.add_argument_group("the arm")
-    g.add_argument("--arm", default="sim", metavar="IP|sim", help="address of the controller, as delivered "
-                   "192.168.1.18; sim = a rehearsal with a fake controller and the twin, in real time")
+    g.add_argument("--arm", default="sim", metavar="IP|sim", help="address of the controller (as delivered "
+                   "192.168.1.18); sim: a rehearsal with a fake controller and the twin, in real time")
     g.add_argument("--move", action="store_true", help="move a real arm, after MOVE was typed at the "
-                   "terminal; without it this is a dry run: nothing that moves is sent")
-    g.add_argument("--cameras", nargs="+", metavar="NAME=SOURCE", help="in the order of training, the main "
-                   "one first; SOURCE: a number, /dev/v4l/by-id/... or a URL; sim has its own")
-    g.add_argument("--spread", type=float, default=0.5, metavar="0..1", help="sim: size of the start regions")
+                   "terminal; without it nothing that moves is sent (dry run)")
+    g.add_argument("--cameras", nargs="+", type=camera_source, metavar="NAME=SOURCE", help="names as in "
+                   "training, in that order; SOURCE: a number, /dev/v4l/by-id/... or a URL; sim has its own")
     episodes = argparse.ArgumentParser(add_help=False)
     g = episodes.add_argument_group("episodes")
-    g.add_argument("--tasks", help="comma-separated; all five if not given")
+    g.add_argument("--tasks", default=",".join(TASKS), help="comma-separated names")
     g.add_argument("--episodes", type=int, default=10, metavar="N", help="per task")
-    g.add_argument("--seed", type=int, default=0, help="number of the first start")
     g.add_argument("--resume", action="store_true", help="keep the finished episodes in OUT and go on")
     g.add_argument("--overwrite", action="store_true", help="delete the episodes in OUT")
 
@@ -2114,8 +1998,8 @@ def build_parser():
     g = command("check", check, [arm], "read everything, move nothing; one picture of all cameras")
     g.add_argument("--out", type=Path, default=Path("runs/check.png"), metavar="FILE", help="the picture")
     g = command("record", record, [arm, episodes], "teleoperated demonstrations, as raw takes")
-    g.add_argument("--operator", choices=("keyboard", "quest", "expert"), help="who leads the arm; expert is "
-                   "scripted, for sim alone and the default there")
+    g.add_argument("--operator", choices=("keyboard", "quest", "expert"), default="expert", help="who leads "
+                   "the arm; expert: a script, for sim alone")
     g.add_argument("--out", default="data/takes", metavar="DIR", help="folder of the takes")
     g = command("replay", replay, [arm], "a recorded take, slowly")
     g.add_argument("--take", required=True, metavar="FILE", help="data/takes/TASK-00000.h5, made by record")
@@ -2125,9 +2009,7 @@ def build_parser():
     g.add_argument("--compare", metavar="PATH", help="a second checkpoint, in turns with the first")
     g.add_argument("--execute", type=int, metavar="H", help="actions executed per chunk; if not given, the "
                    "policy is called at every step and the chunks are averaged")
-    g.add_argument("--decay", type=float, default=0.01, help="of the weights of that average, 0 = plain mean")
     g.add_argument("--device", default="cpu", help="of the policy")
-    g.add_argument("--video", type=int, default=0, metavar="N", help="film the first N starts of every task")
     g.add_argument("--out", metavar="DIR", help="folder of the results; if not given, rollout_arm beside the "
                    "checkpoint")
     return parser
@@ -2135,9 +2017,13 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    args.move = args.move or args.arm == "sim"
+    args.cameras = {} if args.arm == "sim" else dict(args.cameras or ())
     if "episodes" in args:
         at_least(args, 1, "episodes")
-        at_least(args, 0, "seed")
+        args.tasks = args.tasks.split(",")
+        if unknown := set(args.tasks) - set(TASKS):
+            raise InputError(f"no task {', '.join(unknown)}: --tasks takes {', '.join(TASKS)}")
     args.run(args)
 
 
