@@ -220,7 +220,7 @@ class Gate:
         if turn[2, 2] > -np.cos(MAX_TILT) and turn[2, 2] > self.turn[2, 2]:
             raise Refused(f"tilt: the tool leans more than {MAX_TILT} rad")
         before = self.position, self.turn
-        self.position, self.turn = tool_pose(self.admit(q))
+        self.admit(q)
         executed = np.array([*self.position - before[0], *rotation_error(self.turn, before[1]),
                              float(action[6] > 0.5)])
         return self.q, executed
@@ -240,8 +240,8 @@ class Gate:
         outside, before = (np.maximum(box[0] - x, x - box[1]).max() for x in (tool, now))
         if outside > max(0.001, before):
             raise Refused("outside: the tool would leave the workspace")
-        self.q = q
-        return q
+        self.hold(q)
+        return self.q
 
 
 def path_home(q):
@@ -391,33 +391,31 @@ class RealmanArm:
         arm = self.arm
         if self.move:
             within(2, arm.rm_set_collision_state, 5)
-        table = (       # what, query -> (code, answer), what of the answer is shown, whether that is right
-            ("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]),
-             lambda x: x == ("RM_65", 6)),
-            ("firmware", arm.rm_get_arm_software_info,
-             lambda a: (a["product_version"], a["ctrl_info"]["version"]), all),
-            ("tool frame", arm.rm_get_current_tool_frame, lambda a: a["pose"], lambda x: not any(x)),
-            ("work frame", arm.rm_get_current_work_frame, lambda a: a["pose"], lambda x: not any(x)),
+        table = (       # what, query -> (code, answer), part of the answer, its right value or a test of it
+            ("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]), ("RM_65", 6)),
+            ("firmware", arm.rm_get_arm_software_info, lambda a: a["ctrl_info"]["version"], bool),
+            ("tool frame", arm.rm_get_current_tool_frame, lambda a: a["pose"], [0] * 6),
+            ("work frame", arm.rm_get_current_work_frame, lambda a: a["pose"], [0] * 6),
             ("DH in degrees, m", arm.rm_get_DH_data,
              lambda a: np.transpose([a[key][:6] for key in ("alpha", "a", "d", "offset")]).round(4).tolist(),
              lambda x: np.allclose(np.array(x) * [np.pi / 180, 1, 1, np.pi / 180], DH, atol=2e-4)),
-            ("run mode", arm.rm_get_arm_run_mode, ("simulation", "real").__getitem__, lambda x: x == "real"),
-            ("power", arm.rm_get_arm_power_state, ("off", "on").__getitem__, lambda x: x == "on"),
-            ("joints enabled", arm.rm_get_arm_all_state, lambda a: a["joint_en_flag"][:6], all),
-            ("joint errors", arm.rm_get_arm_all_state, lambda a: a["joint_err_code"][:6],
-             lambda x: not any(x)),
+            ("run mode, 1=real", arm.rm_get_arm_run_mode, int, 1),
+            ("power, 1=on", arm.rm_get_arm_power_state, int, 1),
+            ("joints enabled", arm.rm_get_arm_all_state, lambda a: a["joint_en_flag"][:6], [1] * 6),
+            ("joint errors", arm.rm_get_arm_all_state, lambda a: a["joint_err_code"][:6], [0] * 6),
             ("errors", arm.rm_get_current_arm_state, lambda a: a["err"]["err"],
              lambda x: not any(map(int, x))),
             ("joint limits", arm.rm_get_joint_max_pos, lambda a: a[:6],
              lambda x: (np.radians(x) >= JOINT_LIMIT - JOINT_MARGIN).all()),
-            ("gripper", arm.rm_get_gripper_state, lambda a: {key: a[key] for key in ("status", "error")},
-             lambda x: x == {"status": 1, "error": 0}),             # status 1: online
+            ("gripper, 1=there", arm.rm_get_gripper_state, lambda a: a["status"], 1),
+            ("gripper error", arm.rm_get_gripper_state, lambda a: a["error"], 0),
             ("collision stage", arm.rm_get_collision_stage, int, lambda x: x > 0 or not self.move))  # 0: off
         rows = []
-        for what, query, shown, right in table:
+        for what, query, part, right in table:
             code, answer = within(2, query)
-            rows.append((what, str(shown(answer)), bool(right(shown(answer)))) if code == 0 else
-                        (what, f"no answer (code {code})", False))
+            found = part(answer) if code == 0 else f"no answer (code {code})"
+            rows.append((what, str(found), code == 0 and bool(
+                right(found) if callable(right) else found == right)))
         age, q = time.monotonic() - self.state[0], self.state[1]
         rows.append(("state", f"{1000 * age:.0f} ms old, joints {np.degrees(q).round(1).tolist()} degrees, "
                      f"tool at {tool_pose(q)[0].round(3).tolist()} m", age < self.STATE_AGE))
@@ -480,7 +478,6 @@ class RealmanArm:
         """Aim at a target of a path that was planned in joints. Refused, ArmStopped."""
         self.check()
         self._aim(self.gate.admit(q, ABOVE))
-        self.gate.hold(self.gate.q)
 
     def _aim(self, q):
         now = time.monotonic()
@@ -705,8 +702,7 @@ class Person:
 
     def get(self):
         """The next key, or None."""
-        with contextlib.suppress(queue.Empty):
-            return self.pressed.get_nowait()
+        return None if self.pressed.empty() else self.pressed.get()
 
     def ask(self, question, answers):
         """Wait for one of the keys in `answers`. ArmStopped; InputError without a terminal."""
@@ -783,7 +779,7 @@ class EpisodeAborted(Exception):
 
 
 class ArmEnv:
-    """The arm as an environment: reset, step, render, at CONTROL_HZ in real time.
+    """The arm as an environment, at CONTROL_HZ in real time.
 
     who      a Person or the Rehearsal, who sets the scene and judges
     journal  a file for one line per command: the action as it came and as it was executed, why it was
@@ -835,7 +831,7 @@ class ArmEnv:
             self.executed = self.arm.act(action)
             self.refused = 0
         except Refused as refused:
-            why, self.executed = str(refused), np.array([0, 0, 0, 0, 0, 0, float((self.arm.grip or 0) > 0.5)])
+            why, self.executed = str(refused), np.append(np.zeros(6), self.arm.grip)
             self.refused += 1
             self.refusals[why.split(":")[0]] += 1
         now = time.monotonic()
@@ -858,23 +854,18 @@ class ArmEnv:
 
     def _write(self, action, why, at):
         state_at, q, _ = self.arm.state
-        self.journal.write(json.dumps({
+        print(json.dumps({
             "t": at, "task": self.task_name, "start": self.start, "step": self.steps,
-            "raw": np.asarray(action, float).ravel().tolist(), "refused": why,
-            "executed": self.executed.round(6).tolist(),
-            "target_deg": np.degrees(self.arm.gate.q).round(3).tolist(),
-            "measured_deg": np.degrees(q).round(3).tolist(), "returned": self.arm.returned,
-            "late_ms": round(1000 * self.lateness[-1], 2), "state_ms": round(1000 * (at - state_at), 1),
-            "image_ms": [round(1000 * (at - c.at), 1) for c in self.views.values()]}) + "\n")
+            "raw": np.asarray(action, float).tolist(), "refused": why, "executed": self.executed.tolist(),
+            "target_deg": np.degrees(self.arm.gate.q).tolist(), "measured_deg": np.degrees(q).tolist(),
+            "returned": self.arm.returned, "late_ms": 1000 * self.lateness[-1],
+            "state_ms": 1000 * (at - state_at),
+            "image_ms": [1000 * (at - c.at) for c in self.views.values()]}), file=self.journal)
 
     def observe(self):
-        """What the policy sees: the newest pictures, resized as in training, and proprioception."""
-        return {"images": {name: self.render(name, self.image_size) for name in self.views},
-                "proprio": self.arm.proprio()}
-
-    def render(self, camera, image_size):
-        """(image_size, image_size, 3) uint8 RGB, the newest picture."""
-        return shrink(self.views[camera].picture, image_size, self.resize)[..., ::-1]
+        """The newest pictures, (image_size, image_size, 3) uint8 RGB, resized as in training, and proprio."""
+        return {"images": {name: shrink(camera.picture, self.image_size, self.resize)[..., ::-1]
+                           for name, camera in self.views.items()}, "proprio": self.arm.proprio()}
 
     def timing(self):
         """What was late or refused since the start of the script, as text."""
@@ -1228,19 +1219,19 @@ def record(args):
             for task in args.tasks:
                 path, tries = out / f"{task}-{start:05d}.h5", 0
                 while not path.exists():
-                    take = record_take(env, operator, task, start, seed=start + 1000 * tries)
+                    rows = record_take(env, operator, task, start, seed=start + 1000 * tries)
                     tries += 1
                     if not s.arm.move:
                         return print("dry run: that was one take of an arm that stood still; it is not kept")
-                    if take:
-                        write_take(path, task, start, take)
-                    print(f"{path.stem}: " + (f"{len(take['actions'])} steps, kept" if take else
+                    if rows:
+                        write_take(path, task, start, rows)
+                    print(f"{path.stem}: " + (f"{len(rows) - 1} steps, kept" if rows else
                                               "discarded, once more"), flush=True)
         print(f"{env.timing()}\nnext         python prepare_data.py realman --input {out}")
 
 
 def record_take(env, operator, task, start, seed):
-    """One demonstration -> {dataset: rows} of a take, or None if it was discarded or aborted.
+    """One demonstration -> its time steps as a list of dicts, or None if it was discarded or aborted.
 
     Steps in which the hand does not hold the arm and the gripper has been still for half a second are left
     out; the times show the gap.
@@ -1277,22 +1268,22 @@ def record_take(env, operator, task, start, seed):
             return print(f"aborted      {e}")
         finally:
             env.arm.rest()      # writing takes its time
-        return {key: [row[key].result()[1].ravel() if key.startswith("images/") else row[key]
-                      for row in rows if key in row] for key in rows[0]}
+        return rows
 
 
-def write_take(path, task, start, take):
+def write_take(path, task, start, rows):
     """Write a take in one go: its file is whole or absent."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
         f.attrs.update(task=task, instruction=TASKS[task].instruction, start=start, fps=CONTROL_HZ)
-        for key, rows in take.items():
+        for key in rows[0]:
+            column = [row[key] for row in rows if key in row]       # the last row has no action
             if key.startswith("images/"):
-                images = f.create_dataset(key, (len(rows),), h5py.vlen_dtype(np.uint8))
-                for i, jpeg in enumerate(rows):
-                    images[i] = jpeg
+                images = f.create_dataset(key, (len(column),), h5py.vlen_dtype(np.uint8))
+                for i, job in enumerate(column):
+                    images[i] = job.result()[1].ravel()
             else:
-                f[key] = np.array(rows, np.float64 if "time" in key or key == "joints" else np.float32)
+                f[key] = np.array(column, np.float64 if "time" in key or key == "joints" else np.float32)
     write_atomically(path, buffer.getbuffer())
 
 
