@@ -317,7 +317,7 @@ class RealmanArm:
         except (OSError, ValueError) as e:
             raise InputError(f"--arm takes IP or IP:PORT, got {address!r} ({e}); the vendor's default is "
                              "192.168.1.18") from e
-        self.gate, self.stopped, self.stop_sent, self.watch = Gate(), None, None, []
+        self.gate, self.stopped, self.watch = Gate(), None, []  # watch: functions that say why to stop
         self.state = self.opening = self.grip = self.grip_sent = None   # state: (time, joints rad, errors)
         self.armed = self.closing = False
         self.command_at = self.lag_since = self.last_frame = None
@@ -494,8 +494,7 @@ class RealmanArm:
         """Latch, and send a slow stop (fast: a hard one, which forgets the trajectory). Returns at once
         whatever the controller does; may be called from any thread and from a signal handler."""
         self.stopped = self.stopped or reason
-        if self.arm and self.armed and (fast or not self.stop_sent):
-            self.stop_sent = time.monotonic()
+        if self.arm and self.armed and (fast or not self.stopping):
             call = self.arm.rm_set_arm_stop if fast else self.arm.rm_set_arm_slow_stop
             self.stopping = threading.Thread(target=self._send_stop, args=(call,), daemon=True)
             self.stopping.start()
@@ -603,7 +602,7 @@ class RealmanArm:
         self.closing = True
         if self.armed and not self.stopped:
             self.stop("end")
-        for thread in [*self.threads, *([self.stopping] if self.stopping else [])]:
+        for thread in filter(None, [*self.threads, self.stopping]):
             thread.join(1)
         if self.arm:
             with contextlib.suppress(ArmStopped):
@@ -927,13 +926,12 @@ class QuestTeleop:
     """A Meta Quest through the `teleop` package, whose page in the headset's browser sends the controller's
     pose. Grip: hold the arm; trigger: gripper; A: save; B: discard.
 
-    While the grip is held, the tool repeats the motion of the hand since the grip was closed. After a jump of
-    the hand (its tracker lost it) the grip must be opened first. Silence counts as an open grip.
-
-    When tracking is lost, the page sends the headset's pose instead, and the package hides the jump; jumps
-    are therefore looked for in the raw positions. The page asks for no password, so it is served on loopback
-    alone: `adb reverse tcp:4443 tcp:4443` brings it to a headset on a USB cable, https://localhost:4443.
+    While the grip is held, the tool repeats the motion of the hand. Silence counts as an open grip. After a
+    jump the grip must be opened first: when tracking is lost, the page sends the headset's pose instead, and
+    the package hides the jump, so it is looked for in the raw positions. The page asks for no password and is
+    served on loopback alone; `adb reverse` brings it to a headset on a USB cable.
     """
+    BUTTONS = {"reservedButtonA": "save", "reservedButtonB": "discard"}
     SILENCE = 0.25      # s
     JUMP = 0.05         # m between two messages, which come up to 100 times a second
 
@@ -957,10 +955,10 @@ class QuestTeleop:
         elif self.raw is not None and np.linalg.norm(raw - self.raw) > self.JUMP:
             self.jumped = True
         self.raw = raw if message["move"] else None
-        for button, meaning in (("reservedButtonA", "save"), ("reservedButtonB", "discard")):
-            if message.get(button) and button not in self.down:     # pressed now, not still down
-                self.pressed = meaning
-            (self.down.add if message.get(button) else self.down.discard)(button)
+        down = {button for button in self.BUTTONS if message.get(button)}
+        for button in down - self.down:         # pressed now, not still down
+            self.pressed = self.BUTTONS[button]
+        self.down = down
         self.latest = time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open")
 
     def begin(self, _):
@@ -1083,13 +1081,12 @@ def consent(args, what):
         raise InputError("--move asks for a word to be typed at a terminal, but stdin is none: without "
                          "--move this is a dry run, --arm sim moves the twin")
     box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("xyz", *WORKSPACE))
-    print(f"The arm at {args.arm} is going to move: first home, then {what}.\n"
-          f"  box    {box} m from its base\n"
-          f"  speed  tool {MAX_STEP * CONTROL_HZ:.1f} m/s, joints "
-          f"{np.degrees(MAX_JOINT_STEP) * CONTROL_HZ:.0f} degrees/s at most; way home "
-          f"{np.degrees(HOME_SPEED):.0f} degrees/s\n"
-          "Keep everybody out of reach and the emergency stop in your hand: it is the safety device, this is "
-          "a program.\ntype MOVE:", end=" ", flush=True)
+    joints, home = np.degrees([MAX_JOINT_STEP * CONTROL_HZ, HOME_SPEED])
+    print(f"""The arm at {args.arm} is going to move: first home, then {what}.
+  box    {box} m from its base
+  speed  at most {MAX_STEP * CONTROL_HZ:.1f} m/s, joints {joints:.0f} degrees/s; way home {home:.0f} degrees/s
+Nobody within reach, the emergency stop in your hand: it is the safety device, this is a program.
+type MOVE:""", end=" ", flush=True)
     if sys.stdin.readline().strip() != "MOVE":
         raise InputError("not confirmed: nothing was sent")
 
@@ -1099,13 +1096,13 @@ def open_output(args, out, settings):
     writes nothing. InputError if the folder is in use, or if its episodes were made with other settings."""
     if not args.move:
         return open(os.devnull, "w")
-    about = out / "settings.json"
-    check_free(out, about.exists(), args)
-    if about.exists() and args.overwrite:
-        for path in (path for kind in ("*.h5", "*.jsonl") for path in list(out.glob(kind))):
-            path.unlink()
-    elif about.exists():
-        check_same(out, read_json(about), settings)
+    about, episodes = out / "settings.json", [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
+    check_free(out, episodes, args)
+    if args.overwrite:
+        for path in [*episodes, out / "commands.jsonl"]:
+            path.unlink(missing_ok=True)
+    elif episodes:
+        check_same(out, read_json(about) if about.exists() else {}, settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(about, settings)
     return open(out / "commands.jsonl", "a", buffering=1)
@@ -1147,12 +1144,11 @@ def station(args, need_cameras=True):
         arm = RealmanArm(address, args.move)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, functools.partial(on_signal, arm))
-        cameras, checks = {name: Camera(name, source) for name, source in sources.items()}, arm.checks()
+        cameras = {name: Camera(name, source) for name, source in sources.items()}
+        checks = arm.checks() + [(f"camera {name}", f"{camera.picture.shape[1]} x {camera.picture.shape[0]}",
+                                  True) for name, camera in cameras.items()]
         for what, found, right in checks:
             print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
-        for camera in cameras.values():
-            height, width = camera.picture.shape[:2]
-            print(f"ok     camera           {camera.name}: {width} x {height}")
         if not arm.move:
             print("DRY RUN: everything is computed, but nothing that moves is sent; --move moves the arm")
         wrong = [f"{what} is {found}" for what, found, right in checks if not right]
@@ -1334,7 +1330,7 @@ def run_rollout(args):
     starts = range(EVAL_SEED0, EVAL_SEED0 + args.episodes)
     # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
     jobs = [(key, task, start) for start in starts for task in args.tasks
-            for key in (list(policies) if start % 2 == 0 else list(policies)[::-1])]
+            for key in list(policies)[::1 if start % 2 == 0 else -1]]
     with open_output(args, out, settings) as journal, station(args) as s:
         done = {(line["arm"], line["task"], line["start"]) for line in read_lines(out / "episodes.jsonl")}
         envs = {}

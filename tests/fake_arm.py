@@ -20,7 +20,6 @@ holds the joints where they are; when the client is gone, the arm holds the last
 """
 import argparse
 import contextlib
-import http.server
 import json
 import socket
 import sys
@@ -42,6 +41,17 @@ OVERSPEED, OVER_LIMIT = 0x1007, 0x1002
 def whole(values, scale=1000):
     """The protocol's integers: joints in 0.001 degrees, lengths in micrometres."""
     return [int(round(v * scale)) for v in values]
+
+
+def start(work, *args):
+    threading.Thread(target=work, args=args, daemon=True).start()
+
+
+def serve(server, client):
+    """Calls client(socket) in a thread of its own for every client, until the server is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            start(client, server.accept()[0])
 
 
 class Ideal:
@@ -111,8 +121,9 @@ class Controller:
         self.log, self.log_lock = log and open(log, "w"), threading.Lock()
         self.server = socket.create_server((LOOPBACK, 0))
         self.port = self.server.getsockname()[1]
-        for work in (self.accept, self.clock, self.tell):
-            threading.Thread(target=work, daemon=True).start()
+        start(serve, self.server, self.client)
+        start(self.clock)
+        start(self.tell)
 
     def note(self, **line):
         if self.log:
@@ -176,12 +187,7 @@ class Controller:
     def after(seconds, call, *args):
         threading.Timer(seconds, call, args).start() if seconds else call(*args)
 
-    def accept(self):
-        with contextlib.suppress(OSError):          # the fault "drop" closes it
-            while True:
-                threading.Thread(target=self.serve, args=self.server.accept()[:1], daemon=True).start()
-
-    def serve(self, client):
+    def client(self, client):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.clients.add(client)
         with contextlib.suppress(OSError, ValueError):
@@ -286,30 +292,20 @@ class Cameras:
     """Renders the twin at 25 Hz and serves it as MJPEG. The pictures have noise: without it a still scene
     could not be told from a frozen camera."""
 
-    def __init__(self, twin, faults, size=96, hz=25):
-        self.twin, self.faults, self.size, self.hz = twin, faults, size, hz
-        self.jpeg, self.fresh = {}, threading.Condition()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                outer.stream(self)
-
-        self.server = http.server.ThreadingHTTPServer((LOOPBACK, 0), Handler)
-        self.server.daemon_threads, self.port = True, self.server.server_port
-        for work in (self.server.serve_forever, self.draw):
-            threading.Thread(target=work, daemon=True).start()
+    def __init__(self, twin, faults):
+        self.twin, self.faults, self.jpeg, self.fresh = twin, faults, {}, threading.Condition()
+        server = socket.create_server((LOOPBACK, 0))
+        self.port = server.getsockname()[1]
+        start(serve, server, self.client)
+        start(self.draw)
 
     def draw(self):
         with self.twin.lock:
-            renderers = {task: mujoco.Renderer(model, self.size, self.size)
+            renderers = {task: mujoco.Renderer(model, 96, 96)
                          for task, (model, *_) in self.twin.env._models.items()}
         rng, due = np.random.default_rng(0), time.monotonic()
         while True:
-            due = max(due + 1 / self.hz, time.monotonic())
+            due = max(due + 1 / 25, time.monotonic())
             time.sleep(max(0, due - time.monotonic()))
             for camera in CAMERAS:
                 with self.twin.lock:
@@ -326,17 +322,16 @@ class Cameras:
             with self.fresh:
                 self.fresh.notify_all()
 
-    def stream(self, request):
-        camera = request.path.strip("/")
-        request.send_response(200)
-        request.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-        request.end_headers()
-        with contextlib.suppress(OSError):
+    def client(self, client):
+        camera = client.recv(4096).split()[1].decode().strip("/")           # GET /front HTTP/1.1
+        with contextlib.suppress(OSError), client:
+            client.sendall(b"HTTP/1.0 200 OK\r\n"
+                           b"Content-Type: multipart/x-mixed-replace; boundary=frame\r\n\r\n")
             while self.faults.get("unplugged") != camera:
                 with self.fresh:
                     self.fresh.wait()
-                request.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n"
-                                    % (len(self.jpeg[camera]), self.jpeg[camera]))
+                client.sendall(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%b\r\n"
+                               % (len(self.jpeg[camera]), self.jpeg[camera]))
 
 
 def main():

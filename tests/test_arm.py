@@ -404,6 +404,14 @@ def test_a_thread_that_dies_or_hangs_stops_the_arm(driver, monkeypatch):
     assert driver.stopped == "driver: the test's thread has died"
 
 
+def test_after_a_refused_action_the_arm_holds_its_target(driver):
+    driver.arm_motors()
+    before, driver.aim = driver.gate.q.copy(), None
+    with pytest.raises(Refused):
+        driver.act(np.full(7, np.nan))
+    assert np.array_equal(driver.aim, before) and driver.command_at > driver.last_frame - 1
+
+
 def test_after_a_stop_nothing_that_moves_is_sent_and_nothing_is_accepted(driver):
     driver.arm_motors()
     driver.act(HOLD)
