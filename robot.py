@@ -677,7 +677,7 @@ class Camera:
             return f"camera {self.name}: {self.why}, for {age:.2f} s"
 
 
-# ---- the person beside the arm, or the rehearsal in that place ---------------------------------------------
+# ---- the person beside the arm, or the rehearsal in that place -------------------------------------------
 
 class Person:
     """The keyboard, read without Enter, and the person at it, who sets the scene and judges the outcome. The
@@ -732,8 +732,8 @@ class Person:
 
 
 class Rehearsal:
-    """Stands in for the Person, and for the environment that the scripted Expert observes: what someone
-    beside the fake controller's twin would see."""
+    """Stands in for the Person, for the operator who records, and for the environment that the scripted
+    Expert observes: what someone beside the fake controller's twin would see."""
 
     def __init__(self, port):
         self.wire = socket.create_connection(("127.0.0.1", port), timeout=10).makefile("rw")
@@ -768,6 +768,16 @@ class Rehearsal:
 
     def proprio(self):
         return np.array(self.seen["proprio"], np.float32)
+
+    def begin(self, seed):
+        self.expert, self.steps = Expert(self, seed), 0
+
+    def read(self, gate):
+        """As an operator, see "teleoperation"."""
+        success = self.verdict()
+        self.steps += 1
+        late = "discard" if self.steps > self.task.max_steps else ""
+        return self.expert.act(), True, "save" if success else late
 
 
 # ---- the environment -------------------------------------------------------------------------------------
@@ -906,22 +916,6 @@ class KeyboardTeleop:
         return action, time.monotonic() - self.held < 0.3, button
 
 
-class ScriptedTeleop:
-    """The scripted expert as the operator, in the rehearsal."""
-
-    def __init__(self, rehearsal):
-        self.rehearsal = rehearsal
-
-    def begin(self, seed):
-        self.expert, self.steps = Expert(self.rehearsal, seed), 0
-
-    def read(self, gate):
-        success = self.rehearsal.verdict()
-        self.steps += 1
-        late = "discard" if self.steps > self.rehearsal.task.max_steps else ""
-        return self.expert.act(), True, "save" if success else late
-
-
 class QuestTeleop:
     """A Meta Quest through the `teleop` package, whose page in the headset's browser sends the controller's
     pose. Grip: hold the arm; trigger: gripper; A: save; B: discard.
@@ -1014,10 +1008,9 @@ def policy_function(policy, instruction, rng):
 def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
     """InputError if a finetuned checkpoint does not fit an environment.
 
-    label, name             the checkpoint and the environment, for the message
-    cameras, proprio_dim    what the environment observes
-    action                  its actions, described like ACTION: number, units and `delta` are compared
-    hz                      its control rate, which every dataset of the checkpoint must have
+    label and name stand for the two in messages. The environment observes `cameras` and proprio_dim numbers.
+    Its `action` is described like ACTION: number, units and `delta` must be those of the checkpoint's data,
+    and so must the control rate hz.
     """
     config, data = checkpoint["config"], checkpoint["data"]
     trained = data.get("action") or {}
@@ -1210,7 +1203,7 @@ def record(args):
                 "dh": DH.tolist(), "arm": {what: found for what, found, _ in s.checks}})
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
         operator = (KeyboardTeleop(s.keyboard) if args.operator == "keyboard" else
-                    QuestTeleop() if args.operator == "quest" else ScriptedTeleop(s.who))
+                    QuestTeleop() if args.operator == "quest" else s.who)
         for start in range(args.episodes):
             for task in args.tasks:
                 path, tries = out / f"{task}-{start:05d}.h5", 0
