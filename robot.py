@@ -295,17 +295,16 @@ class RealmanArm:
     interpolates between the gate's targets. No planned motion is ever sent. If this process dies (kill -9, a
     crash, a pulled cable), no further target arrives and the arm stands at the last one.
 
-    The same thread is the watchdog. It stops the arm when the controller reports an error, the state is older
-    than STATE_AGE, no command came for STALL, the thread itself is late by OVERRUN, a joint lags by LAG, or a
-    camera has no good picture for IMAGE_AGE. A stop latches: `stopped` keeps the first reason, the controller
-    gets a slow stop, no further target is sent, and every later command raises ArmStopped. This thread never
-    waits for an answer of the controller.
+    The same thread, which never waits for an answer, is the watchdog: see watchdog() for what stops the arm.
+    A stop latches: `stopped` keeps the first reason, the controller gets a slow stop, no further target is
+    sent, and every later command raises ArmStopped.
     """
+    # What stops the arm:
     STALL = 0.3         # s without a command during an episode
-    STATE_AGE = 0.2     # s
-    IMAGE_AGE = 0.5     # s
-    LAG = np.radians(5)         # of a joint behind its target, for 0.2 s
+    STATE_AGE = 0.2     # s without a state of the arm
+    IMAGE_AGE = 0.5     # s without a good picture of a camera
     OVERRUN = 0.2       # s between two targets
+    LAG = np.radians(5)         # of a joint behind its target, for 0.2 s
     SILENT = 4          # queries to the gripper, in a row, without an answer
 
     def __init__(self, address, move):
@@ -571,11 +570,10 @@ class RealmanArm:
     def _grip_step(self):
         """The gripper, 20 times a second: send the wanted side when it changes, then ask for the opening.
 
-        SILENT unanswered queries in a row (one to two seconds) or a refused command stop the arm. Single
-        time-outs (200 ms; the library prints "get_gripper_state revice error") are normal on a busy machine:
-        this thread asks again, and targets go on. A late answer then belongs to an earlier query, so
-        `opening` may be half a second old. While the library waits here, a stop reaches the wire within 15 ms
-        as a rule, once after 166 ms (tests/rehearse_faults.py, "gripper late, space bar").
+        A refused command, or SILENT unanswered queries in a row (one to two seconds), stop the arm. A single
+        time-out (200 ms, the library prints "get_gripper_state revice error") is normal on a busy machine and
+        delays no target. It may delay a stop, mostly by less than 15 ms, once by 166 ms
+        (tests/rehearse_faults.py), and `opening` may then be half a second old.
         """
         wanted, code = self.grip, 0
         if self.move and self.armed and not self.stopped and wanted not in (None, self.grip_sent):
@@ -800,7 +798,7 @@ class ArmEnv:
     def __init__(self, arm, cameras, image_size, who, journal=None, resize="squash", judged=True):
         self.arm, self.views, self.who, self.resize = arm, cameras, who, resize
         self.image_size, self.journal, self.judged = image_size, journal, judged
-        self.lateness, self.refusals = [], collections.Counter()    # of all steps (s); of all, by reason
+        self.lateness, self.refusals = [], collections.Counter()    # s, one per step; reason -> count
         arm.watch = [camera.trouble for camera in cameras.values()]
 
     def reset(self, task, start):
@@ -1321,11 +1319,11 @@ def run_rollout(args):
     consent(args, f"up to {args.episodes} episodes per task under {args.checkpoint} {args.compare or ''}")
     settings = {"env": "arm", "arm": args.arm, "execute": args.execute}
     starts = range(EVAL_SEED0, EVAL_SEED0 + args.episodes)
-    # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
-    jobs = [(key, task, start) for start in starts for task in args.tasks
-            for key in list(policies)[::1 if start % 2 == 0 else -1]]
     with open_output(args, out, settings) as journal, station(args) as s:
         done = {(line["arm"], line["task"], line["start"]) for line in read_lines(out / "episodes.jsonl")}
+        # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
+        jobs = [(key, task, start) for start in starts for task in args.tasks
+                for key in list(policies)[::1 if start % 2 == 0 else -1] if (key, task, start) not in done]
         envs = {}
         for key, (_, policy, _, resize) in policies.items():
             envs[key] = ArmEnv(s.arm, s.cameras, policy.config["image_size"], s.who, journal,
@@ -1333,8 +1331,6 @@ def run_rollout(args):
             for _ in range(3):          # the first calls are slow: not while an episode runs
                 policy_function(policy, "", np.random.default_rng(0))(envs[key].observe())
         for number, (key, task, start) in enumerate(jobs, 1):
-            if (key, task, start) in done:
-                continue
             (path, policy, chunker, _), env, success, end = policies[key], envs[key], False, None
             policy_fn = policy_function(policy, TASKS[task].instruction,
                                         np.random.default_rng([start, list(TASKS).index(task)]))
@@ -1942,14 +1938,6 @@ def expert_episode(env, task, seed):
 
 # ---- command line ----------------------------------------------------------------------------------------
 
-def camera_source(text):
-    """"front=0" -> ("front", "0")"""
-    name, _, source = text.partition("=")
-    if not name or not source:
-        raise argparse.ArgumentTypeError(f"expected NAME=SOURCE, for example front=0, got {text!r}")
-    return name, source
-
-
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -1960,7 +1948,7 @@ def build_parser():
                    "192.168.1.18); sim: a rehearsal with a fake controller and the twin, in real time")
     g.add_argument("--move", action="store_true", help="move a real arm, after MOVE was typed at the "
                    "terminal; without it nothing that moves is sent (dry run)")
-    g.add_argument("--cameras", nargs="+", type=camera_source, metavar="NAME=SOURCE", help="names as in "
+    g.add_argument("--cameras", nargs="+", default=(), metavar="NAME=SOURCE", help="names as in "
                    "training, in that order; SOURCE: a number, /dev/v4l/by-id/... or a URL; sim has its own")
     episodes = argparse.ArgumentParser(add_help=False)
     g = episodes.add_argument_group("episodes")
@@ -1998,7 +1986,10 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     args.move = args.move or args.arm == "sim"
-    args.cameras = {} if args.arm == "sim" else dict(args.cameras or ())
+    try:
+        args.cameras = {} if args.arm == "sim" else dict(text.split("=", 1) for text in args.cameras)
+    except ValueError:
+        raise InputError("--cameras takes NAME=SOURCE: --cameras front=0 side=2") from None
     if "episodes" in args:
         at_least(args, 1, "episodes")
         args.tasks = args.tasks.split(",")

@@ -556,7 +556,7 @@ def test_a_rollout_is_one_line_per_episode_and_goes_on_where_it_stopped(tmp_path
     assert [(line["start"], Path(line["label"]).name) for line in lines] == [
         (1_000_000, "a.pt"), (1_000_000, "b.pt"), (1_000_001, "b.pt"), (1_000_001, "a.pt")]
     assert all(not line["success"] and (line["steps"] == 15 or line["aborted"]) for line in lines)
-    assert "4/4" in output and "evaluate.py --results" in output
+    assert "2/2" in output and "evaluate.py --results" in output
 
 
 MOVES = {name for name in COMMANDS if name.startswith(("move", "set_"))}
