@@ -325,11 +325,10 @@ class RealmanArm:
         self.returned = 0                           # code of the last message: 0 = it was sent
         self.arm, self.wire, self.threads, self.stopping = None, threading.Lock(), [], None
         self._lock_arm()
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close)
             self._connect()
-        except BaseException:
-            self.close()
-            raise
+            failed.pop_all()                        # connected: the arm stays open
 
     # -- connection --
 
