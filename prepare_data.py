@@ -220,7 +220,7 @@ MAX_GAP = 0.5             # s between two frames: more is a hole in the file, no
 
 
 def open_video(path):
-    """-> PyAV container, closed by `with`. Reject a missing file; av.FFmpegError when it is not a video."""
+    """-> PyAV container, closed by `with`. Reject a missing file; av.FFmpegError if it is not a video."""
     if not os.path.exists(path):
         raise Reject("missing file", path)
     container = av.open(path)
@@ -232,9 +232,9 @@ def open_video(path):
 
 
 def decode(container, start):
-    """Frames of a video (av.VideoFrame) from the key frame before `start` s (None: the beginning) on."""
+    """Frames of a video (av.VideoFrame) from the key frame before `start` s on; all of them for -inf."""
     stream = container.streams.video[0]
-    if start is not None:
+    if start >= 0:
         container.seek(int(start / stream.time_base), stream=stream)
     for packet in container.demux(stream):
         if packet.is_corrupt:                        # the file is cut off inside this packet
@@ -245,18 +245,15 @@ def decode(container, start):
 def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=MAX_GAP):
     """Frames of a video at even times: the first one from `start` s on, then one every 1 / fps s until `end`.
 
-    The frames' own times decide, not their number: where the rate varies, the frame nearest to each time is
-    taken. A seek may land late in an odd file, which is then read from its beginning.
+    The frames' time stamps decide, not their number: where the rate varies, the frame nearest to each time is
+    taken. Reject a damaged frame, or a gap of more than max_gap s and 1.5 frames.
     """
-    frames = decode(container, start if start > 0 else None)
+    frames = decode(container, start)
     first = next(frames, None)
-    if start > 0 and (first is None or first.time > start):
-        frames = decode(container, 0)
-        first = next(frames, None)
-    shown, count, slack = None, 0, 0.1 / fps         # s; containers round times to milliseconds
-    for frame in itertools.chain([first] * (first is not None), frames, [None]):
-        if frame is None and shown is None:
-            return
+    if start > 0 and (first is None or first.time > start):      # without an index, a seek may land late
+        frames, first = decode(container, 0), None
+    shown, before, count, slack = None, -math.inf, 0, 0.1 / fps  # s; containers round times to milliseconds
+    for frame in itertools.chain([first], frames, [None]):       # None: the end
         time = frame.time if frame else before + 1 / fps         # the last frame is shown for one step, too
         if time < start - slack:
             continue
@@ -264,7 +261,7 @@ def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=MAX_GAP):
             raise Reject("damaged video", f"the frame at {time:.2f} s does not decode without errors")
         if shown is None:
             origin = time
-        elif time <= before:                         # some containers mix up the last times
+        elif time <= before:                         # some containers confuse the last time stamps
             time = before + 1 / fps
         elif time - before > max(max_gap, 1.5 / fps):
             raise Reject("missing frames", f"none between {before:.2f} s and {time:.2f} s")
@@ -277,20 +274,19 @@ def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=MAX_GAP):
 
 
 def to_bgr(frames):
-    """av.VideoFrames -> (H, W, 3) uint8 BGR, turned upright as the file demands."""
+    """av.VideoFrames -> (H, W, 3) uint8 BGR, rotated upright as the file says."""
     converter = VideoReformatter()                   # one for all frames, with one thread: a third faster
     for frame in frames:
-        plane = converter.reformat(frame, format="bgr24", threads=1).planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
-        bgr = rows[:, :3 * plane.width].reshape(plane.height, plane.width, 3)
-        yield np.rot90(bgr, frame.rotation // 90) if frame.rotation else bgr
+        bgr = converter.reformat(frame, format="bgr24", threads=1).to_ndarray()
+        yield np.rot90(bgr, frame.rotation // 90)
 
 
 def read_video(path, instructions, args, start=None, end=None):
     """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of the time has frames.
 
-    A file that is cut off decodes without an error as far as it goes, so the header's duration is compared.
-    Damage inside is found where the codec can tell: in H.264 and AV1, but hardly ever in VP8 and VP9.
+    A truncated file decodes without an error as far as it goes, so the result is compared with the duration
+    in the header. Damage inside a file is found where the codec detects it: in H.264 and AV1, but hardly ever
+    in VP8 and VP9.
     """
     if os.path.exists(path) and not os.path.getsize(path):
         raise Reject("empty file")
@@ -301,7 +297,7 @@ def read_video(path, instructions, args, start=None, end=None):
     with container:
         stream = container.streams.video[0]
         nominal, average = float(stream.guessed_rate or 0), float(stream.average_rate or 0)
-        fps = average if nominal > 2 * average > 0 else nominal          # some state the clock's rate
+        fps = average if nominal > 2 * average > 0 else nominal          # some files state the clock's rate
         if not 0 < fps <= 240:
             raise Reject("no frame rate", f"{fps} frames per second")
         zero = float((stream.start_time or 0) * stream.time_base)        # s, where the file's clock begins
@@ -320,63 +316,52 @@ def read_video(path, instructions, args, start=None, end=None):
 def ssv2_episodes(args):
     """Clips of Something-Something v2, in the numeric order of their ids.
 
-    Label files and folders have many names (TwentyBN's, Qualcomm's, those that people unpack them into): all
-    are searched. `label` is what the annotator wrote; the filled-in `template` differs in 22 % of clips.
+    Copies differ in the names of files and folders, so labels and clips are searched in the whole tree. An
+    entry's `label` is what the annotator wrote; its filled-in `template` differs in 22 % of the clips.
     """
-    labels = {}
-    for split in args.splits:
-        places = [os.path.join(args.input, folder, name)
-                  for folder in ("labels", "labels/labels", "annotations", "", SSV2_LABELS,
-                                 f"{SSV2_LABELS}/labels", "videos", SSV2_CLIPS)
-                  for name in (f"{split}.json", f"something-something-v2-{split}.json")]
-        found = next((place for place in places if os.path.isfile(place)), None)
-        print(f"labels of {split}: {found or 'not there'}")
-        entries = read_json(found) if found else []
-        for entry in entries if isinstance(entries, list) else [entries]:
+    labels, files = {}, find_files(args.input, ".json", ".webm")
+    for split in ("train", "validation"):                        # the test split has no labels
+        names = {f"{split}.json", f"something-something-v2-{split}.json"}
+        found = [file for file in files if os.path.basename(file) in names]
+        print(f"labels of {split}: {', '.join(found) or 'not there'}")
+        for entry in itertools.chain(*(read_json(os.path.join(args.input, file)) for file in found)):
             if not (isinstance(entry, dict) and "id" in entry and isinstance(entry.get("label"), str)):
-                raise InputError(f"{found}: {str(entry)[:80]} has no id or label; leave the test split out")
+                raise InputError(f"{found}: {str(entry)[:80]} has no id or label")
             labels[str(entry["id"])] = " ".join(entry["label"].split())
     if not labels:
         raise InputError(f"no labels in {args.input}: expected labels/train.json or "
                          f"something-something-v2-train.json, as in {SSV2_LABELS}.zip")
-    folders = [os.path.join(args.input, name) for name in (SSV2_CLIPS, "videos", "")]
-    folder = next((f for f in folders if glob.glob(os.path.join(glob.escape(f), "*.webm"))), None)
-    if folder is None:
-        raise InputError(f"no .webm in {' or '.join(folders)}: unpack the archive there. Unzip its "
-                         "parts if they are zipped (unzip '20bn*'), then join and unpack them: "
-                         f"cat {SSV2_CLIPS}-?? | tar zx")
-    if not any(name.removesuffix(".webm") in labels for name in os.listdir(folder)):
-        raise InputError(f"{folder} has none of the {len(labels)} labelled clips: do clips and labels match?")
+    clips = {os.path.basename(file)[:-5]: os.path.join(args.input, file) for file in files
+             if file.lower().endswith(".webm")}
+    if not clips.keys() & labels.keys():
+        raise InputError(f"{args.input} has none of the {len(labels)} labelled clips as <id>.webm: unzip the "
+                         f"archive's parts if they are zipped, then cat {SSV2_CLIPS}-?? | tar zx")
     print(f"{len(labels)} labelled clips (Something-Something v2: 168,913 train, 24,777 validation)")
     for clip in sorted(labels, key=natural):
         if drawn(clip, args):
-            path = os.path.join(folder, f"{clip}.webm")
+            path = clips.get(clip, f"{clip}.webm")
             yield clip, functools.partial(read_video, path, [labels[clip]], args)
 
 
 # ---- source: a folder of videos ----------------------------------------------------------------------------
 
 def videos_episodes(args):
-    """All video files below a folder, one episode each, or the clips that a CSV cuts out of them.
-
-    One instruction for all, or a CSV with the columns file,instruction and, to cut, start,end in seconds.
-    """
+    """All video files below a folder, one episode each, or the clips that a CSV cuts out of them."""
     endings, names = (".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif"), find_files(args.input, "")
     files = [name for name in names if name.lower().endswith(endings)]
     others = collections.Counter(os.path.splitext(name)[1] or name for name in set(names) - set(files))
     if others:
         counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common(10))
-        print(f"passed over, as they are not videos: {counts}")
+        print(f"not videos, therefore skipped: {counts}")
     if not files:
         raise InputError(f"no video in {args.input}: expected files ending in {' '.join(endings)}")
     clips = {(name, None, None): [args.instruction] for name in files}
     if args.captions:
         clips = read_captions(args.captions, files, args.input)
-        empty = sum("" in texts for texts in clips.values())
-        print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos, {len(clips)} clips, "
-              f"{empty} have no instruction; other videos are left out")
-    elif not args.instruction:
-        print("no --captions and no --instruction: every video gets the empty instruction")
+        print(f"captions for {len({file for file, *_ in clips})} of {len(files)} videos; the others are "
+              "left out")
+    empty = sum("" in texts for texts in clips.values())
+    print(f"{len(clips)} clips, {empty} have no instruction")
     for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
         name = file if start is None else f"{file}@{start:.12g}-{end:.12g}"
         if drawn(name, args):
@@ -385,39 +370,37 @@ def videos_episodes(args):
 
 
 def read_captions(path, files, folder):
-    """CSV -> {(file, start, end): [instruction, ...]}: several lines for one clip are several annotations."""
+    """CSV -> {(file, start, end): [instruction, ...]}: several rows for one clip are several annotations.
+    start and end are seconds, or None for the whole file. InputError that names up to ten wrong rows."""
     def composed(name):                              # macOS writes an umlaut as two characters
         return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/")))
-    if not os.path.isfile(path):
-        raise InputError(f"no captions at {path}: give a CSV with the columns file,instruction")
+    known, captions, wrong = {composed(file): file for file in files}, {}, []
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             rows = csv.DictReader(f, restval="")
-            lines, columns = [(rows.line_num, row) for row in rows], set(rows.fieldnames or ())
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV file of UTF-8 text ({error}): save it as one") from None
-    if not {"file", "instruction"} <= columns or len(columns & {"start", "end"}) == 1:
-        raise InputError(f"{path} has the columns {', '.join(sorted(columns))}: expected file,instruction "
-                         "and, to cut clips out of the files, start,end")
-    known, captions, wrong = {composed(file): file for file in files}, {}, []
-    for number, row in lines:
-        file, start, end = known.get(composed(row["file"])), row.get("start") or None, row.get("end") or None
-        if file is None:
-            wrong.append(f"line {number}: no video {row['file']!r} in {folder}")
-        try:
-            if start or end:
-                start, end = float(start), float(end)
-                if not 0 <= start < end < math.inf:
-                    raise ValueError
-        except (TypeError, ValueError):
-            wrong.append(f"line {number}: start {row['start']!r}, end {row['end']!r}: expected seconds, 0 <= "
-                         "start < end, or both empty for the whole file")
-        captions.setdefault((file, start, end), []).append(" ".join(row["instruction"].split()))
+            for row in rows:
+                file = known.get(composed(row["file"]))
+                start, end = row.get("start") or None, row.get("end") or None
+                text, line = " ".join(row["instruction"].split()), f"line {rows.line_num}"
+                if file is None:
+                    wrong.append(f"{line}: no video {row['file']!r} in {folder}")
+                try:
+                    if start or end:
+                        start, end = float(start), float(end)
+                        if not 0 <= start < end < math.inf:
+                            raise ValueError
+                except (TypeError, ValueError):
+                    wrong.append(f"{line}: start {row.get('start')!r}, end {row.get('end')!r}: expected 0 <= "
+                                 "start < end in seconds, or both empty for the whole file")
+                captions.setdefault((file, start, end), []).append(text)
+        if not captions:
+            raise ValueError("it has no rows")
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: expected a CSV file in UTF-8 with the columns file,instruction and, to "
+                         f"cut clips out of the files, start,end ({one_line(error)})") from None
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} errors in {len(lines)} rows: {'; '.join(wrong[:10])}"
-                         + "; ..." * (len(wrong) > 10))
-    if not captions:
-        raise InputError(f"{path} has no row below its heading: expected one per video or clip")
+        more = "; ..." if len(wrong) > 10 else ""
+        raise InputError(f"{path}: {len(wrong)} errors: {'; '.join(wrong[:10])}{more}")
     return captions
 
 
@@ -425,9 +408,8 @@ def read_captions(path, files, folder):
 
 BRIDGE_HZ = 5                                        # one action every 0.2 s
 BRIDGE_CAMERA_LATE_UNTIL = datetime.date(2021, 7, 23)
-BRIDGE_FILES = ("obs_dict.pkl", "policy_out.pkl", "lang.txt")       # agent_data.pkl pickles ROS classes
-BRIDGE_WANTED = re.compile(r"images\d+/[^/]+|" + "|".join(map(re.escape, BRIDGE_FILES)))
-IN_TRAJECTORY = re.compile(r"(.*?traj_group[^/]*/traj[^/]*)/(.+)")
+BRIDGE_MEMBER = re.compile(r"(.*?traj_group[^/]*/traj[^/]*)/"        # agent_data.pkl pickles ROS classes
+                           r"(images\d+/[^/]+|obs_dict\.pkl|policy_out\.pkl|lang\.txt)")
 
 
 def bridge_episodes(args):
@@ -435,7 +417,7 @@ def bridge_episodes(args):
 
     .../<YYYY-MM-DD_HH-MM-SS>/{config.json, raw/traj_group<k>/traj<i>/{obs_dict.pkl, policy_out.pkl, lang.txt,
     images0/im_<t>.jpg, ...}}; the number of folders above the date differs. Trajectories without annotation
-    get the empty instruction: their images teach the world model as well.
+    get the empty instruction: the world model learns from their images as well.
     UPSTREAM: the release sorts im_0, im_1, im_10, im_11, ..., drops the last image, writes black videos where
     images are missing, and reads only the subtree bridge_data_v2.
     """
@@ -450,28 +432,27 @@ def bridge_episodes(args):
 
 
 def tree_trajectories(root):
-    """Folder -> {relative name of a trajectory: None, its job lists the files}."""
+    """Folder -> {relative name of a trajectory: None}. Its job lists the files: there are millions in all."""
     found = {}
     for folder, below, _ in walk(root):
         below[:] = [name for name in below if "lmdb" not in name]
         if os.path.basename(folder).startswith("traj_group"):
             found |= {os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"): None
                       for name in below if name.startswith("traj")}
-            below.clear()                            # never list the millions of images
+            below.clear()
     return found
 
 
 def tree_files(folder):
     """Files of one trajectory -> {relative name: path}."""
-    paths = glob.glob(os.path.join(glob.escape(folder), "*")) + glob.glob(
-        os.path.join(glob.escape(folder), "images*", "*"))
-    files = {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in paths}
+    names = [name for pattern in ("*", "images*/*") for name in glob.glob(pattern, root_dir=folder)]
+    files = {name.replace(os.sep, "/"): os.path.join(folder, name) for name in names}
     config = os.path.normpath(os.path.join(folder, "../../../config.json"))
     return files | {"config.json": config} if os.path.isfile(config) else files
 
 
 def zip_trajectories(path):
-    """Zip -> {name of a trajectory: {relative name: member}}, a member as read_bytes takes it.
+    """Zip -> {name of a trajectory: {relative name: member}}, with members as read_bytes takes them.
 
     Memory: 0.8 kB per member while the directory is read, in this process alone; jobs get their own members.
     """
@@ -480,72 +461,66 @@ def zip_trajectories(path):
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is not a whole zip ({error}): was it downloaded to the end? fetch it "
+        raise InputError(f"{path} is not a whole zip ({error}): was it downloaded to the end? Fetch it "
                          "again, or give the folder it unpacks to") from None
     for info in members:
-        match = IN_TRAJECTORY.fullmatch(info.filename)
         member = (path, info.header_offset, info.compress_size, info.compress_type, info.CRC)
         if re.search("lmdb|__MACOSX", info.filename):
             continue
-        if match and BRIDGE_WANTED.fullmatch(match[2]):
+        if match := BRIDGE_MEMBER.fullmatch(info.filename):
             found[match[1]][match[2]] = member
         elif os.path.basename(info.filename) == "config.json":
-            configs[os.path.dirname(info.filename)] = member
+            configs[info.filename] = member
     for name, files in found.items():
-        dated = os.path.dirname(os.path.dirname(os.path.dirname(name)))
-        if dated in configs:
-            files["config.json"] = configs[dated]
+        config = os.path.normpath(f"{name}/../../../config.json")
+        if config in configs:
+            files["config.json"] = configs[config]
     return dict(found)
 
 
 def read_bytes(place):
-    """Content of a file, or of a zip's member (path, offset, size, method, checksum). zipfile would read the
-    directory in every process, which takes minutes and gigabytes. Reject a damaged member."""
+    """Content of a file, or of a zip's member (path, offset, size, method, checksum). Reject a damaged one.
+    zipfile would read the directory of the zip in every process, which takes minutes and gigabytes."""
     if isinstance(place, str):
         with open(place, "rb") as f:
             return f.read()
     path, offset, size, method, checksum = place
-    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Reject("unknown compression", f"method {method} of the zip: unpack it, and give the folder")
     with open(path, "rb") as f:
         f.seek(offset + 26)
         f.seek(sum(struct.unpack("<2H", f.read(4))), os.SEEK_CUR)        # lengths of name and extra field
         data = f.read(size)
     try:
-        data = zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+        data = data if method == zipfile.ZIP_STORED else zlib.decompress(data, -15)
     except zlib.error:
         data = b""
     if zlib.crc32(data) != checksum:
-        raise Reject("damaged in the zip", f"the member at byte {offset}")
+        raise Reject("damaged in the zip", f"the member at byte {offset}, compression method {method}")
     return data
 
 
 def bridge_episode(name, files, args):
     """Job: one trajectory -> episode. T images, T-1 actions, T states."""
     files = files or tree_files(os.path.join(args.input, name))
-    missing = [file for file in BRIDGE_FILES[:2] if file not in files]
-    if missing:
-        raise Reject("missing file", f"no {' and no '.join(missing)}")
-    steps = read_pickle(files["policy_out.pkl"], "policy_out.pkl")
-    actions = as_table([step.get("actions", ()) if isinstance(step, dict) else step for step in steps]
-                       if isinstance(steps, (list, tuple)) else steps)                       # (T-1, 7)
-    if actions is None:
-        raise Reject("odd policy_out.pkl", "expected a list of dicts with 7 actions each, or of 7 numbers")
+    for file in ("obs_dict.pkl", "policy_out.pkl"):
+        if file not in files:
+            raise Reject("missing file", file)
+    steps = read_pickle(files["policy_out.pkl"], "policy_out.pkl")       # dicts, or the actions themselves
+    if isinstance(steps, (list, tuple)):
+        steps = [step.get("actions", ()) if isinstance(step, dict) else step for step in steps]
+    actions = as_table(steps, "odd policy_out.pkl")                                          # (T-1, 7)
     observed = read_pickle(files["obs_dict.pkl"], "obs_dict.pkl")
     observed = observed if isinstance(observed, dict) else {}
-    state = as_table(observed.get("full_state", observed.get("state")))                      # (T, 7)
-    if state is None:
-        raise Reject("no full_state", "obs_dict.pkl: expected full_state of shape (T, 7)")
+    state = as_table(observed.get("full_state", observed.get("state")), "no full_state")     # (T, 7)
     frames = {camera: bridge_frames(camera, files) for camera in args.cameras}    # {camera: T file names}
     counts = {len(names) for names in frames.values()}
     if counts != {len(actions) + 1}:
         raise Reject("frame count", f"{' and '.join(map(str, sorted(counts)))} images, {len(actions)} "
                                     "actions: expected one image more than actions")
-    dates = re.findall(r"(\d{4})-(\d\d)-(\d\d)_\d\d-\d\d-\d\d", f"{args.input}/{name}")
+    dates = re.findall(r"(\d{4}-\d\d-\d\d)_\d\d-\d\d-\d\d", f"{args.input}/{name}")
     try:                                             # without a date: the scripted part, from 2022 and later
-        late = bool(dates) and datetime.date(*map(int, dates[-1])) < BRIDGE_CAMERA_LATE_UNTIL
+        late = bool(dates) and datetime.date.fromisoformat(dates[-1]) < BRIDGE_CAMERA_LATE_UNTIL
     except ValueError:
-        raise Reject("bad date", "-".join(dates[-1])) from None
+        raise Reject("bad date", dates[-1]) from None
     if late:
         # Until that day the picture taken at step t+1 shows the world of step t: drop the first picture and
         # the last action. ASSUMPTION: joint states were not late, state[t] goes with picture t+1 (the
@@ -572,7 +547,7 @@ def bridge_frames(camera, files):
     """
     folder = "images0" if camera == VIDEO_CAMERA else camera
     if not re.fullmatch(r"images\d+", folder):
-        topics = []
+        topics = []                                  # the list is somewhere in a nested file
         json.loads(read_bytes(files["config.json"]) if "config.json" in files else "{}",
                    object_hook=lambda group: topics.extend(group.get("camera_topics") or ()) or group)
         index = next((i for i, topic in enumerate(topics) if camera.lower() in str(topic).lower()), None)
@@ -600,13 +575,13 @@ def bridge_annotations(files):
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("mac_roman")
-    lines = [" ".join(line.split()) for line in text.replace("\0", "").splitlines()]
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     return list(dict.fromkeys(line for line in lines if line and "confidence" not in line.lower())) or [""]
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy's arrays and numbers. A pickle is a program: whatever else it names
-    would run. numpy's own constructors are replaced: ndarray(..., buffer=...) could write anywhere."""
+    """Reads plain containers and numpy's arrays and numbers. A pickle is a program: anything else that it
+    names could run. numpy's own constructors are replaced: ndarray(..., buffer=...) could write anywhere."""
 
     def find_class(self, module, name):
         admitted = {}
@@ -618,29 +593,30 @@ class NumpyUnpickler(pickle.Unpickler):
         elif module in ("_codecs", "collections"):                       # bytes of old protocols
             admitted = {"encode": lambda text, _: text.encode("latin1"), "OrderedDict": dict}
         if name not in admitted:
-            raise Reject("unsafe pickle", f"it names {module}.{name}")
+            raise Reject("unsafe pickle", f"it names {module}.{name}; nothing in it was run")
         return admitted[name]
 
 
 def read_pickle(place, name):
-    """Pickle -> what is in it. Reject when it is damaged or names anything but numpy's arrays."""
+    """Pickle -> its content. Reject when it is damaged or names anything but numpy's arrays."""
+    data = read_bytes(place)
     try:
-        return NumpyUnpickler(io.BytesIO(read_bytes(place))).load()
-    except Reject as reject:
-        if reject.args[0] != "unsafe pickle":
-            raise
-        raise Reject(reject.args[0], f"{name}: {reject.args[1]}; nothing in it was run") from None
+        return NumpyUnpickler(io.BytesIO(data)).load()
+    except Reject:
+        raise
     except Exception as error:
         raise Reject("damaged pickle", f"{name}: {one_line(error)}") from None
 
 
-def as_table(value):
-    """-> (rows, 7) float64, or None when that is not what it is."""
+def as_table(value, reason):
+    """-> (rows, 7) float64. Reject anything else with this reason."""
     try:
         table = np.array(value, float)
     except (ValueError, TypeError, OverflowError):
-        return None
-    return table if table.ndim == 2 and table.shape[1] == 7 else None
+        table = np.empty(0)
+    if table.ndim != 2 or table.shape[1] != 7:
+        raise Reject(reason, "expected a row of 7 numbers for each step")
+    return table
 
 
 # ---- source: LIBERO ----------------------------------------------------------------------------------------
@@ -657,8 +633,7 @@ def libero_episodes(args):
     replayed   the same names, read before it (openvla's "no-noops"); told from raw by comparing
                obs/joint_states with states, never by the file's name
     processed  obs/*_image, upright, read before it (Adapt3R's, and LAWM's, process_libero_data.py)
-    Files that hold only states and actions are drawn by the simulator, --render.
-    Two annotations: the one in the file (the BDDL's), then the task's name, which differs in some suites.
+    With --render the simulator draws the images from the states, and files without images will do.
     """
     if not set(args.cameras) <= set(LIBERO_CAMERAS):
         raise InputError(f"--cameras {','.join(args.cameras)}: expected some of {', '.join(LIBERO_CAMERAS)}")
@@ -673,34 +648,18 @@ def libero_episodes(args):
         try:
             with h5py.File(path, "r") as f:
                 keys = sorted((key for key in f.get("data", ()) if key.startswith("demo")), key=natural)
-                bare = not any(f"data/{key}/obs/{image}" in f for key in keys
-                               for image in LIBERO_CAMERAS["agentview"])
-                instructions = libero_instructions(f["data"].attrs, path) if keys else []
-                successes = [f"data/{key}/success" not in f or bool(np.any(f["data"][key]["success"][:]))
-                             for key in keys]
         except Exception as error:
             yield name, functools.partial(Reject, "damaged file", f"{one_line(error)}: fetch it again")
             continue
         if not keys:
             yield name, functools.partial(Reject, "not LIBERO's layout", "no /data/demo_*")
-            continue
-        if bare and not args.render:
-            raise InputError(f"{path} holds states but no images: --render draws them with the simulator, or "
-                             "fetch the files with images")
-        if not any(successes):
-            print(f"{name}: none of the {len(keys)} demonstrations succeeds (wrong initial states?): all are "
-                  "KEPT, look at them before you train on this task")
-        elif not all(successes) and not args.keep_failures:
-            print(f"{name}: {len(keys) - sum(successes)} of {len(keys)} demonstrations left out, they do not "
-                  "succeed (--keep-failures keeps them)")
-            keys = list(itertools.compress(keys, successes))
         for key in keys:
             if drawn(f"{name}/{key}", args):
-                yield f"{name}/{key}", functools.partial(libero_demo, path, key, instructions, args)
+                yield f"{name}/{key}", functools.partial(libero_demo, path, key, args)
 
 
 def libero_instructions(attrs, path):
-    """-> [the file's own instruction, the one in its name], or one where they agree."""
+    """-> [the file's own instruction, which is the BDDL's; the one in its name], or one where they agree."""
     info = json.loads(attrs.get("problem_info", "{}"))
     text = info.get("language_instruction") or ""
     text = " ".join(text) if isinstance(text, list) else text
@@ -709,15 +668,21 @@ def libero_instructions(attrs, path):
     return list(dict.fromkeys(t for t in (" ".join(text.strip(' "\n').split()), name) if t))
 
 
-def libero_demo(path, key, instructions, args):
-    """Job: one demonstration -> episode. T rows give T images and T-1 actions: one action lacks its image."""
+def libero_demo(path, key, args):
+    """Job: one demonstration -> episode. T rows give T images and T-1 actions: one action lacks its image.
+
+    Files that note success, and --render, which finds it out, reject a demonstration that fails.
+    """
     with h5py.File(path, "r") as f:
-        demo = f["data"][key]
-        actions = demo["actions"][:]
+        demo, instructions = f["data"][key], libero_instructions(f["data"].attrs, path)
+        actions, success = demo["actions"][:], demo["success"][:] if "success" in demo else True
         if args.render:
-            images, proprio, after = *draw_states(f, demo, path, args), False
+            images, proprio, success = draw_states(f, demo, path, args)
+            after = False
         else:
             images, proprio, after = stored_observations(f, demo, args)
+    if not np.any(success) and not args.keep_failures:
+        raise Reject("no success", "the goal is not reached (--keep-failures keeps it)")
     lengths = {len(actions), len(proprio), *map(len, images.values())}
     if len(lengths) > 1 or actions.ndim != 2 or actions.shape[1] != 7:
         raise Reject("odd lengths", f"actions {actions.shape}, {len(proprio)} states, "
@@ -742,11 +707,12 @@ def libero_demo(path, key, instructions, args):
 
 def stored_observations(f, demo, args):
     """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), whether they were read after the row's action."""
-    obs, names = demo["obs"], {}
+    obs, names = demo.get("obs", {}), {}
     for camera in args.cameras:
         names[camera] = next((name for name in LIBERO_CAMERAS[camera] if name in obs), None)
         if names[camera] is None:
-            raise Reject("no such camera", f"{camera}: obs has {', '.join(obs)}"[:200])
+            raise Reject("no such camera", f"{camera} (--render draws it from the states): obs has "
+                                           f"{', '.join(obs) or 'nothing'}"[:200])
     raw = all(name.endswith("_rgb") for name in names.values())
     upside_down = raw and f["data"].attrs.get("macros_image_convention", "opengl") != "opencv"
     images = {camera: obs[name][:] for camera, name in names.items()}
@@ -777,18 +743,20 @@ def observed_after(demo):
 
 def axis_angle(quaternion):
     """Unit quaternions (T, 4), x y z w -> rotation vectors (T, 3) with angles 0 to 2 pi, as in robosuite: no
-    jump where the angle passes pi, which a hand that points down does all the time."""
+    jump where the angle passes pi, as it often does in a hand that points down."""
     w = np.clip(quaternion[:, 3:], -1, 1)
     sine = np.sqrt(1 - w ** 2)
     return quaternion[:, :3] * np.where(sine > 1e-8, 2 * np.arccos(w) / np.maximum(sine, 1e-8), 0)
 
 
-def import_libero(assets=None):
-    """-> the module libero.libero, pointed at its assets: --libero-assets, else $LIBERO_ASSETS, else those in
-    the package, else what libero fetches itself. InputError when there are none, or versions do not fit.
+# ---- LIBERO's simulator, for --render and for evaluate.py --------------------------------------------------
 
-    On a plain import it asks a question on stdin, writes into the home folder, and robosuite opens
-    /tmp/robosuite.log, which may belong to another user. Settings in a temporary folder prevent all that.
+def import_libero(assets=None):
+    """-> the module libero.libero, with its assets from --libero-assets, else $LIBERO_ASSETS, else the
+    package, else libero's own download. InputError when there are none, or when a version does not fit.
+
+    A plain import asks a question on stdin, writes into the home folder, and opens /tmp/robosuite.log, which
+    may belong to another user. Settings in a temporary folder prevent that.
     """
     if os.environ.get("MUJOCO_GL") == "disable":
         raise InputError("no OpenGL to render images with: apt-get install libegl1 libgl1 libosmesa6")
@@ -803,29 +771,26 @@ def import_libero(assets=None):
     if not robosuite.startswith("1.4."):
         raise InputError(f"robosuite {robosuite} is installed, with other robots and controllers than "
                          "LIBERO's: pip install robosuite==1.4.0")
-    package = spec.submodule_search_locations[0]
-    if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
+    package, given = spec.submodule_search_locations[0], assets or os.environ.get("LIBERO_ASSETS")
+    if "LIBERO_CONFIG_PATH" not in os.environ:
         root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
-        if not os.access(package, os.W_OK):          # numba would cache in the home folder, or fail
-            os.environ.setdefault("NUMBA_CACHE_DIR", folder)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["LIBERO_CONFIG_PATH"] = folder
-        if not os.access(os.path.expanduser("~"), os.W_OK):
-            os.environ.setdefault("MPLCONFIGDIR", folder)                # matplotlib would complain
+        if not os.access(package, os.W_OK):          # numba would cache in the home folder, or fail
+            os.environ.setdefault("NUMBA_CACHE_DIR", folder)
         with open(os.path.join(folder, "config.yaml"), "w") as f:        # JSON is YAML
             json.dump({"benchmark_root": root, "bddl_files": f"{root}/bddl_files", "datasets": folder,
-                       "init_states": f"{root}/init_files", "assets": assets or f"{root}/assets"}, f)
+                       "init_states": f"{root}/init_files", "assets": given or f"{root}/assets"}, f)
     macros = types.ModuleType("robosuite.macros_private")                # robosuite's own place for settings
     macros.CONSOLE_LOGGING_LEVEL, macros.FILE_LOGGING_LEVEL = "ERROR", None
     macros.MUJOCO_GPU_RENDERING = False              # otherwise it overrides MUJOCO_GL
     sys.modules.setdefault(macros.__name__, macros)
     from libero import libero
-    given = assets or os.environ.get("LIBERO_ASSETS")
     if given:
         libero._assets_path_cache = os.path.abspath(given)
     found = given or libero.get_assets_path()
     if not os.path.isdir(os.path.join(found, "scenes")):
-        raise InputError(f"LIBERO's assets are not in {found} (no folder scenes): give the folder with "
+        raise InputError(f"LIBERO's assets are not in {found} (no folder scenes): name the folder with "
                          "--libero-assets or LIBERO_ASSETS")
     return libero
 
@@ -834,7 +799,8 @@ _simulator = {}           # {path of a .bddl: its simulator}, one at most: build
 
 
 def close_simulator():
-    """Free the simulator's OpenGL context; at exit, OpenGL would be gone before the garbage is collected."""
+    """Free the simulator's OpenGL context. It must not wait for the garbage collector at exit, when OpenGL is
+    gone."""
     while _simulator:
         _simulator.popitem()[1].close()
     gc.collect()
@@ -849,8 +815,8 @@ def libero_simulator(bddl, assets, seed=0):
         from libero.libero.envs import OffScreenRenderEnv    # MUJOCO_EGL_DEVICE_ID is one
         env = OffScreenRenderEnv(bddl_file_name=bddl, use_camera_obs=False)    # libero_observation draws
         reset_simulator(env, seed)
-        atexit.unregister(close_simulator)           # OpenGL has registered its end by now: what is
-        atexit.register(close_simulator)             # registered later runs before it
+        atexit.unregister(close_simulator)           # OpenGL has registered its end by now, and what is
+        atexit.register(close_simulator)             # registered later runs earlier
         _simulator[bddl] = env
     return _simulator[bddl]
 
@@ -859,7 +825,7 @@ def reset_simulator(env, seed):
     """A fresh scene, the same for the same seed whatever was simulated before.
 
     UPSTREAM: the furniture is placed at random and is not part of a stored initial state; and every reset
-    adds its samplers once more, so that what is drawn depends on the number of resets before.
+    adds its samplers once more, so that the scene depends on the number of resets before.
     """
     np.random.seed(seed)
     env.env.object_property_initializers.clear()
@@ -877,7 +843,7 @@ def show_state(env, state):
 
 
 def libero_observation(env, cameras, image_size):
-    """What is seen now -> {camera: (H, W, 3) uint8 RGB, upright}, proprio (8,): hand's position (m), its
+    """The present observation -> {camera: (H, W, 3) uint8 RGB, upright}, proprio (8,): hand position (m), its
     rotation vector (rad), both fingers (m)."""
     seen = env.env._get_observations(force_update=True)
     proprio = np.hstack([seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"][None])[0],
@@ -894,14 +860,15 @@ def libero_image(env, camera, image_size):
 
 
 def place_scene(env, demo):
-    """Furniture is placed at random by a reset and is not part of the state: take its poses from the file."""
+    """Put the furniture where the file says: a reset places it at random, and the state does not contain it.
+    Raw files carry the whole model as XML, others the poses alone, {body: [position, quaternion]} as JSON."""
     model, attrs = env.sim.model, demo.attrs
     if "fixture_poses" in attrs:
         poses = json.loads(attrs["fixture_poses"])
-    else:                                            # raw files carry the whole model: its outermost bodies
+    else:
         bodies = ElementTree.fromstring(attrs.get("model_file", "<mujoco/>")).findall("worldbody/body")
         poses = {body.get("name"): [body.get("pos", "0 0 0").split(), body.get("quat", "1 0 0 0").split()]
-                 for body in bodies if not set(body.attrib) & {"euler", "axisangle", "xyaxes", "zaxis"}}
+                 for body in bodies}
     for name, (position, quaternion) in poses.items():
         if name in model.body_names:
             body = model.body_name2id(name)
@@ -912,31 +879,28 @@ def place_scene(env, demo):
 
 
 def draw_states(f, demo, path, args):
-    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action. Reject a
-    demonstration that does not reach its goal in the last 20 states."""
-    root = os.path.join(os.path.dirname(import_libero(args.libero_assets).__file__), "bddl_files")
-    named = str(f["data"].attrs.get("bddl_file_name", ""))
+    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action, and whether
+    the goal is reached in the last 20 states."""
     name = re.sub(r"(_demo)?\.(hdf5|h5)$", ".bddl", os.path.basename(path))
-    places = [os.path.join(root, *named.split("/")[-2:])] if named else []
-    bddl = next(filter(os.path.isfile, places + glob.glob(os.path.join(root, "*", name))), None)
+    name = os.path.basename(f["data"].attrs.get("bddl_file_name", name))
+    root = os.path.join(os.path.dirname(import_libero(args.libero_assets).__file__), "bddl_files")
+    bddl = next(iter(glob.glob(os.path.join(glob.escape(root), "*", name))), None)     # names are unique
     if bddl is None:
-        raise Reject("unknown task", f"libero has no {named or name}")
+        raise Reject("unknown task", f"libero has no {name}")
     env, rows, reached = libero_simulator(bddl, args.libero_assets), [], []
     place_scene(env, demo)
     for state in demo["states"][:].astype(np.float64):
         show_state(env, state)
         reached.append(bool(env.check_success()))
         rows.append(libero_observation(env, args.cameras, args.image_size))
-    if not any(reached[-20:]) and not args.keep_failures:
-        raise Reject("no success", "the goal is not reached in the last 20 states (--keep-failures keeps it)")
     images, proprio = zip(*rows)
-    return {camera: [seen[camera] for seen in images] for camera in args.cameras}, np.array(proprio)
+    return ({camera: [seen[camera] for seen in images] for camera in args.cameras}, np.array(proprio),
+            any(reached[-20:]))
 
 
 # ---- source: a LeRobotDataset v3 ---------------------------------------------------------------------------
 
-FLIPS = {"none": lambda frame: frame, "vertical": lambda frame: frame[::-1],
-         "horizontal": lambda frame: frame[:, ::-1], "both": lambda frame: frame[::-1, ::-1]}
+FLIPS = {"none": np.s_[:], "vertical": np.s_[::-1], "horizontal": np.s_[:, ::-1], "both": np.s_[::-1, ::-1]}
 
 
 def lerobot_episodes(args):
@@ -947,23 +911,18 @@ def lerobot_episodes(args):
     info = lerobot_info(args.input)
     try:
         import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"LeRobot datasets need one more package ({error.name} is missing): pip install "
-                         "pyarrow") from None
-    tables = glob.glob(os.path.join(glob.escape(args.input), "meta/episodes/*/*.parquet"))
-    if not tables:
-        raise InputError(f"no meta/episodes/*/*.parquet in {args.input}: copied in part? fetch it again")
+    except ImportError:
+        raise InputError("LeRobot datasets need one more package: pip install pyarrow") from None
     keys = lerobot_cameras(info, args)
     columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"] + [
         f"videos/{key}/{what}" for key in keys.values() if info["features"][key]["dtype"] == "video"
         for what in ("chunk_index", "file_index", "from_timestamp")]
-    rows = {}
-    for path in sorted(tables, key=natural):
-        try:                                                             # a stale table may repeat some
-            rows |= {int(row["episode_index"]): row
-                     for row in pyarrow.parquet.read_table(path, columns=columns).to_pylist()}
-        except (OSError, ValueError, TypeError, KeyError) as error:      # pyarrow's own are among these
-            raise InputError(f"{path} is not as expected ({one_line(error)}): fetch it again") from None
+    folder = os.path.join(args.input, "meta", "episodes")
+    try:
+        table = pyarrow.parquet.read_table(folder, columns=columns).to_pylist()
+    except (OSError, ValueError, KeyError) as error:                     # pyarrow's own are among these
+        raise InputError(f"{folder} is not as expected ({one_line(error)}): fetch it again") from None
+    rows = {row["episode_index"]: row for row in table}                  # a stale table may repeat some
     if len(rows) != info.get("total_episodes", len(rows)):
         print(f"meta/episodes has {len(rows)} episodes, info.json says {info['total_episodes']}")
     for index in sorted(rows):
@@ -972,121 +931,101 @@ def lerobot_episodes(args):
 
 
 def lerobot_info(folder):
-    """meta/info.json, checked. InputError."""
+    """-> meta/info.json. InputError when it is not of a LeRobotDataset v3."""
     path = os.path.join(folder, "meta", "info.json")
-    if not os.path.isfile(path):
-        raise InputError(f"no meta/info.json in {folder}: expected a LeRobotDataset v3 folder")
-    info = read_json(path)
-    try:
-        odd = [key for key in ("codebase_version", "features", "data_path", "fps") if not info.get(key)]
-        odd += [key for key, feature in info["features"].items()
-                if not feature["dtype"] or not feature["shape"]]
-        if odd or not 0 < float(info["fps"]) < 1000:
-            raise ValueError(f"{' '.join(odd) or 'fps'} {info.get((odd or ['fps'])[0])}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not as expected ({one_line(error)}): fetch it again") from None
-    if not str(info["codebase_version"]).startswith("v3"):
-        raise InputError(f"{folder} is a LeRobotDataset {info['codebase_version']}, expected v3: convert it "
-                         "with LeRobot's own convert_dataset_v21_to_v30.py")
+    info = read_json(path) if os.path.isfile(path) else {}
+    if not (str(info.get("codebase_version")).startswith("v3")
+            and all(info.get(key) for key in ("fps", "features", "data_path"))):
+        raise InputError(f"{folder} is not a LeRobotDataset v3: expected meta/info.json with fps, features, "
+                         "data_path and codebase_version v3.x; convert an older one with LeRobot's own "
+                         "convert_dataset_v21_to_v30.py")
     return info
 
 
 def lerobot_cameras(info, args):
     """{our name: feature} of the chosen cameras, in order; by default all but depth cameras. InputError."""
-    known = {}
-    for key, feature in info["features"].items():
-        about = {**(feature.get("info") or {}), **(feature.get("video_info") or {})}
-        if feature["dtype"] in ("video", "image") and not (about.get("is_depth_map")
-                                                           or about.get("video.is_depth_map")):
-            known[key.removeprefix("observation.images.").removeprefix("observation.")] = key
-    for camera in args.cameras or []:
-        if camera not in known:
-            raise InputError(f"{args.input} has no camera {camera!r}, but {', '.join(known)}")
-    if not known:
-        raise InputError(f"{args.input} has no camera: a policy needs one")
-    return {camera: known[camera] for camera in args.cameras or known}
+    known = {key.removeprefix("observation.images.").removeprefix("observation."): key
+             for key, feature in info["features"].items()
+             if feature["dtype"] in ("video", "image") and 'is_depth_map": true' not in json.dumps(feature)}
+    chosen = args.cameras or list(known)
+    if not chosen or not set(chosen) <= set(known):
+        raise InputError(f"--cameras {','.join(chosen)}: {args.input} has {', '.join(known) or 'no camera'}")
+    return {camera: known[camera] for camera in chosen}
 
 
 def lerobot_about(args):
     """Attributes of the dataset as a whole, from meta/info.json."""
     info = lerobot_info(args.input)
 
-    def vector(key):
-        feature = info["features"].get(key)
+    def describe(feature):
         if feature is None:
             return None
         width, names = feature["shape"][0], feature.get("names") or []
         while isinstance(names, dict):                                   # {"motors": [...]}
             names = next(iter(names.values()))
-        names = [str(name) for name in names] if len(names) == width else [str(i) for i in range(width)]
+        names = [str(name) for name in (names if len(names) == width else range(width))]
         return {"names": names, "units": ["as in the source"] * width, "frame": "as in the source",
                 "gripper": "as in the source"}
-    action = vector("action")
+    action = describe(info["features"].get("action"))
     if action:
-        width = len(action["names"])
-        action["delta"] = [args.action_kind == "delta" and i < width - 1 for i in range(width)]
+        *changes, gripper = [args.action_kind == "delta"] * len(action["names"])
+        action["delta"] = [*changes, False]
     return {"cameras": list(lerobot_cameras(info, args)), "flip": args.flip, "action": action,
-            "proprio": vector("observation.state")}
+            "proprio": describe(info["features"].get("observation.state"))}
 
 
 def lerobot_episode(row, keys, info, args):
     """Job: one episode, from the rows of a table and the frames of one video per camera."""
     import pyarrow.parquet
     features, index, T, fps = info["features"], row["episode_index"], row["length"], info["fps"]
-    stored = {key for key in keys.values() if features[key]["dtype"] == "image"}
-    vectors = {ours: key for ours, key in (("actions", "action"), ("proprio", "observation.state"))
-               if key in features}
-    task = [key for key in ("task_index",) if key in features]
+    stored = [key for key in keys.values() if features[key]["dtype"] == "image"]
+    wanted = [key for key in ("action", "observation.state", "task_index") if key in features]
     place = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
     path = os.path.join(args.input, place)
     if not os.path.exists(path):
         raise Reject("missing file", place)
     try:
         table = pyarrow.parquet.read_table(path, filters=[("episode_index", "=", index)],
-                                           columns=["frame_index", *vectors.values(), *stored, *task])
+                                           columns=["frame_index", *wanted, *stored]).sort_by("frame_index")
     except (OSError, ValueError) as error:
         raise Reject("damaged table", f"{place}: {one_line(error)}") from None
-    order = np.argsort(table["frame_index"].to_numpy(), kind="stable")
-    if not np.array_equal(table["frame_index"].to_numpy()[order], np.arange(T)):
-        raise Reject("missing frames", f"{len(order)} rows in {place}, the episode has {T} frames")
+    if table["frame_index"].to_pylist() != list(range(T)):
+        raise Reject("missing frames", f"{len(table)} rows in {place}, the episode has {T} frames")
     check_length(T, args)
-    if task:
-        changes = np.flatnonzero(np.diff(table["task_index"].to_numpy()[order]))
-        if len(changes):                             # the format does not say which frames a text is about
-            raise Reject("several tasks", f"task_index changes at frame {changes[0] + 1}: split it there")
-    episode = {ours: np.array(table[key].to_pylist(), np.float32).reshape(T, -1)[order]
-               for ours, key in vectors.items()}
-    if "actions" in episode:
-        episode["actions"] = episode["actions"][:-1]
+    table = {key: table[key].to_pylist() for key in [*wanted, *stored]}
+    changes = np.flatnonzero(np.diff(table.get("task_index", [0])))
+    if len(changes):                                 # the format does not say which frames a text is about
+        raise Reject("several tasks", f"task_index changes at frame {changes[0] + 1}: split it there")
+    vectors = {ours: np.array(table[key], np.float32).reshape(T, -1)
+               for ours, key in (("actions", "action"), ("proprio", "observation.state")) if key in table}
+    if "actions" in vectors:
+        vectors["actions"] = vectors["actions"][:-1]
     images = {}
     for camera, key in keys.items():
         if key in stored:
-            cells = table[key].to_pylist()
-            frames = (decode_image(cells[i]["bytes"] or b"", args.image_size) for i in order)
-            images[camera] = to_jpegs(map(FLIPS[args.flip], frames), args)
+            frames = (decode_image(cell["bytes"] or b"", args.image_size) for cell in table[key])
+            images[camera] = to_jpegs((frame[FLIPS[args.flip]] for frame in frames), args)
             continue
         place = info["video_path"].format(video_key=key, chunk_index=row[f"videos/{key}/chunk_index"],
                                           file_index=row[f"videos/{key}/file_index"])
         start = row[f"videos/{key}/from_timestamp"]                      # s; frame k is at start + k / fps
         with open_video(os.path.join(args.input, place)) as container:
             frames = even_frames(container, fps, start - 0.4 / fps, start + (T - 0.5) / fps, max_gap=0)
-            images[camera] = to_jpegs(map(FLIPS[args.flip], to_bgr(frames)), args)
+            images[camera] = to_jpegs((frame[FLIPS[args.flip]] for frame in to_bgr(frames)), args)
         if len(images[camera]) != T:
             raise Reject("truncated", f"{place}: {len(images[camera])} of {T} frames from {start:.3f} s on")
-    tasks = [row["tasks"]] if isinstance(row["tasks"], str) else [str(text) for text in row["tasks"] or [""]]
-    return {"images": images, "instructions": tasks, "fps": fps, **episode}
+    return {"images": images, "instructions": row["tasks"] or [""], "fps": fps, **vectors}
 
 
 # ---- source: the Realman arm, what `robot.py record` wrote -------------------------------------------------
 
 def realman_takes(args):
-    """takes.json, the settings that all takes share. InputError."""
+    """-> takes.json, the settings that all takes share. InputError."""
     path = os.path.join(args.input, "takes.json")
-    if not os.path.isfile(path):
-        raise InputError(f"no takes.json in {args.input}: expected a folder that `robot.py record` wrote")
-    takes = read_json(path)
+    takes = read_json(path) if os.path.isfile(path) else {}
     if takes.get("format") != TAKE_FORMAT:
-        raise InputError(f"{path} has format {takes.get('format')}, expected {TAKE_FORMAT}: record again")
+        raise InputError(f"{path} has format {takes.get('format')}, expected {TAKE_FORMAT}: give a folder "
+                         "that `robot.py record` wrote")
     return takes
 
 
@@ -1115,7 +1054,7 @@ def realman_take(path, cameras, args):
 
 TRIES = 5                 # starts that one demonstration may take: the expert fails now and then
 SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 20, "hand_videos_per_task": 12}
-HAND_SEED0 = 500_000      # starts of the robot are seeds below it, of the hand from it to robot.EVAL_SEED0
+HAND_SEED0 = 500_000      # the robot's starts are seeds below it, the hand's from it to robot.EVAL_SEED0
 HAND_SIZE = (120, 212)    # (H, W) of the hand videos: Something-Something's shape at half its size
 HAND_FPS = 10             # Something-Something has 12; 10 divides the 20 Hz of control: motion stays even
 
@@ -1146,29 +1085,18 @@ def film_robot(task, seeds, args):
 
 
 def film_hand(task, seeds, args, path):
-    """Job: one performance by the hand, written as VP9 and moved into place once it reads back whole.
-
-    OpenCV reports no full disk, so the frames are counted. The container holds a random number: its bytes
-    differ from run to run, its decoded frames do not.
-    """
+    """Job: one performance by the hand, written as a .webm of VP9. The container holds a random number: its
+    bytes differ from run to run, its decoded frames do not."""
     observations, _ = perform(twin("hand", HAND_SIZE, (VIDEO_CAMERA,), args.spread), task, seeds)
-    frames = [o["images"][VIDEO_CAMERA] for o in observations[::CONTROL_HZ // HAND_FPS]]
-    unfinished, stderr = path[:-len(".webm")] + ".tmp.webm", os.dup(2)
-    with open(os.devnull, "wb") as null:                  # OpenCV prints a needless line for every .webm
-        os.dup2(null.fileno(), 2)
-    codec = cv2.VideoWriter_fourcc(*"VP90")
-    writer = cv2.VideoWriter(unfinished, cv2.CAP_FFMPEG, codec, HAND_FPS, HAND_SIZE[::-1])
-    os.dup2(stderr, 2)
-    os.close(stderr)
-    for frame in frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-    capture, written = cv2.VideoCapture(unfinished, cv2.CAP_FFMPEG), 0
-    while capture.grab():
-        written += 1
-    if written != len(frames):
-        raise OSError(errno.ENOSPC, f"only {written} of {len(frames)} frames were written", unfinished)
-    os.replace(unfinished, path)
+    (height, width), file = HAND_SIZE, io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", HAND_FPS, width=width, height=height, pix_fmt="yuv420p",
+                                      bit_rate=15 * width * height, gop_size=12, qmin=3)
+        for o in observations[::CONTROL_HZ // HAND_FPS]:
+            bgr = np.ascontiguousarray(o["images"][VIDEO_CAMERA][..., ::-1])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(bgr, format="bgr24")))
+        container.mux(stream.encode())
+    write_atomically(path, file.getbuffer())
 
 
 def twin_starts(args, count, first, end):
@@ -1198,15 +1126,15 @@ def film_hand_videos(args, folder):
         return 0.0
     for name in (SSV2_CLIPS, "labels"):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
-    clips = {str(i): os.path.join(folder, SSV2_CLIPS, f"{i}.webm") for i in range(1, len(starts) + 1)}
+    paths = [os.path.join(folder, SSV2_CLIPS, f"{i}.webm") for i in range(1, len(starts) + 1)]
     jobs = [functools.partial(film_hand, task, seeds, args, path)
-            for (_, task, seeds), path in zip(starts, clips.values()) if not os.path.exists(path)]
+            for (_, task, seeds), path in zip(starts, paths) if not os.path.exists(path)]
     results = list(tqdm(run_jobs(jobs, args.workers), folder, len(starts), initial=len(starts) - len(jobs),
                         unit="video"))
-    labels = [(i, TASKS[task].instruction) for i, (_, task, _) in zip(clips, starts)
-              if os.path.exists(clips[i])]
-    write_json(os.path.join(folder, "labels", "train.json"),
-               [{"id": i, "label": label, "template": label, "placeholders": []} for i, label in labels])
+    texts = [TASKS[task].instruction for _, task, _ in starts]
+    labels = [{"id": str(i), "label": text, "template": text, "placeholders": []}
+              for i, (path, text) in enumerate(zip(paths, texts), 1) if os.path.exists(path)]
+    write_json(os.path.join(folder, "labels", "train.json"), labels)
     return report(folder, f"{len(labels)} videos", len(starts),
                   [result.args[0] for result in results if isinstance(result, Reject)])
 
@@ -1216,29 +1144,27 @@ def film_twin(args):
     places = {name: os.path.join(args.out, name) for name in ("robot", "hand_videos", "hand")}
     for place in places.values():
         check_output(place, args)             # before the first hour of filming, not after it
-    rejected, hand_args = 0.0, argparse.Namespace(**vars(args))
-    del args.hand_videos_per_task             # the demonstrations do not depend on it: --resume may change it
+    rejected, robot_args = 0.0, argparse.Namespace(**{**vars(args), "out": places["robot"]})
+    del robot_args.hand_videos_per_task       # does not change the demonstrations: --resume may change it
     if args.demos_per_task:
-        rejected = convert(argparse.Namespace(**{**vars(args), "out": places["robot"]}))
-    if hand_args.hand_videos_per_task:
+        rejected = convert(robot_args)
+    if args.hand_videos_per_task:
         ssv2 = build_parser().parse_args(["ssv2", "--input", places["hand_videos"], "--out", places["hand"]])
         for key in ("image_size", "workers", "resume", "overwrite"):
             setattr(ssv2, key, getattr(args, key))
-        rejected = max(rejected, film_hand_videos(hand_args, places["hand_videos"]), convert(ssv2))
+        rejected = max(rejected, film_hand_videos(args, places["hand_videos"]), convert(ssv2))
     return rejected
 
 
 # ---- the sources -------------------------------------------------------------------------------------------
 
-# episodes  generator of (name, job) from the parsed arguments. job() reads ONE episode, in whichever process,
-#           and returns {"images": {camera: T JPEGs}, "instructions": [str], "fps": float} and, where there
-#           are any, "actions": (T-1, A) and "proprio": (T, P). Or it raises Reject, or another exception,
-#           which rejects the item as "unreadable"
+# episodes  generator of (name, job) from the parsed arguments. job() reads one episode, in any process, and
+#           returns {"images": {camera: T JPEGs}, "instructions": [str], "fps": float} and, where there are
+#           any, "actions": (T-1, A) and "proprio": (T, P). Or it raises Reject
 # about     attributes of the dataset, or a function that makes them from the parsed arguments: "cameras",
 #           "action" and "proprio" as vector() makes them, or None
-# help      of the command
 # flags     of this source alone: {"--name": arguments of argparse's add_argument}
-# shard     items per shard up to 128 pixels: some 60 MB of JPEG, and little enough to do again after a kill
+# shard     items per shard at 128 pixels: some 60 MB of JPEG, the work that a killed run loses
 Source = collections.namedtuple("Source", "episodes about help flags shard", defaults=({}, 32))
 
 
@@ -1279,30 +1205,24 @@ SOURCES = {
         "--spread": dict(type=float, default=0.5, help="start regions: 1 = full size, 0 = points"),
         "--seed": dict(type=int, default=0, help="number of the first start"),
         "--smoke": dict(action="store_true", help=f"tiny preset {SMOKE}; other flags still win")}, shard=8),
-    "ssv2": Source(ssv2_episodes, VIDEO, "Something-Something v2", {
-        "--splits": dict(type=words, default="train,validation", help="comma-separated; not test")},
-        shard=128),
+    "ssv2": Source(ssv2_episodes, VIDEO, "Something-Something v2", shard=128),
     "bridge": Source(bridge_episodes, lambda args: {**BRIDGE, "cameras": args.cameras}, "BridgeData V2", {
         "--cameras": dict(type=words, default="front", help="comma-separated, the main one first: front "
-                          "(over the shoulder, images0), images1, ..., or by config.json: wrist, blue, ...; "
-                          "trajectories without one of them are rejected")}, shard=128),
+                          "(images0), images1, ..., or names in config.json: wrist, blue, ...")}, shard=128),
     "libero": Source(libero_episodes, lambda args: {**LIBERO, "cameras": args.cameras}, "LIBERO's HDF5", {
         "--cameras": dict(type=words, default="agentview,wrist", help="comma-separated"),
-        "--render": dict(action="store_true", help="draw the images from the states with the simulator: for "
-                         "files without images, or for another --image-size"),
-        "--drop-noops": dict(action="store_true", help="leave out steps in which nothing is commanded, as in "
-                             "openvla's data; the paper and the release keep them"),
-        "--keep-failures": dict(action="store_true", help="keep demonstrations that do not succeed (known "
-                                "for processed files and with --render)"),
+        "--render": dict(action="store_true", help="let the simulator draw the images from the states"),
+        "--drop-noops": dict(action="store_true", help="leave out steps without a command, as openvla does; "
+                             "the paper and the release keep them"),
+        "--keep-failures": dict(action="store_true", help="keep demonstrations known to fail"),
         "--libero-assets": dict(metavar="FOLDER", help="meshes and textures for --render, instead of "
                                 "$LIBERO_ASSETS or the package's own")}),
     "lerobot": Source(lerobot_episodes, lerobot_about, "a LeRobotDataset v3", {
-        "--cameras": dict(type=words, help="comma-separated, the main one first; if not given: all, in the "
-                          "dataset's order"),
+        "--cameras": dict(type=words, help="comma-separated, the main one first; all if not given"),
         "--action-kind": dict(choices=("delta", "absolute"), default="delta", help="delta: all but the last "
                               "number are changes per step (LIBERO, Bridge); absolute: targets"),
-        "--flip": dict(choices=FLIPS, default="none", help="turn stored images upright; LIBERO data turned "
-                       "by 180 degrees (openvla's way) is mirrored: horizontal")}),
+        "--flip": dict(choices=FLIPS, default="none", help="turn stored images upright; horizontal for "
+                       "LIBERO data in openvla's form, which is mirrored")}),
     "realman": Source(realman_episodes, lambda args: {key: realman_takes(args)[key] for key in (
         "cameras", "action", "proprio")}, "takes of robot.py record"),
     "videos": Source(videos_episodes, VIDEO, "a folder of videos", {
