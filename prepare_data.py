@@ -216,9 +216,6 @@ def check_length(count, args):
 
 # ---- videos ------------------------------------------------------------------------------------------------
 
-MAX_GAP = 0.5             # s between two frames: more is a hole in the file, not a variable frame rate
-
-
 def open_video(path):
     """-> PyAV container, closed by `with`. Reject a missing file; av.FFmpegError if it is not a video."""
     if not os.path.exists(path):
@@ -242,11 +239,11 @@ def decode(container, start):
         yield from packet.decode()
 
 
-def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=MAX_GAP):
+def even_frames(container, fps, start=-math.inf, end=math.inf, max_gap=0.5):
     """Frames of a video at even times: the first one from `start` s on, then one every 1 / fps s until `end`.
 
     The frames' time stamps decide, not their number: where the rate varies, the frame nearest to each time is
-    taken. Reject a damaged frame, or a gap of more than max_gap s and 1.5 frames.
+    taken. Reject a damaged frame, or a gap of more than max_gap s and 1.5 frames: a hole in the file.
     """
     frames = decode(container, start)
     first = next(frames, None)
@@ -509,13 +506,11 @@ def bridge_episode(name, files, args):
         steps = [step.get("actions", ()) if isinstance(step, dict) else step for step in steps]
     actions = as_table(steps, "odd policy_out.pkl")                                          # (T-1, 7)
     observed = read_pickle(files["obs_dict.pkl"], "obs_dict.pkl")
-    observed = observed if isinstance(observed, dict) else {}
     state = as_table(observed.get("full_state", observed.get("state")), "no full_state")     # (T, 7)
     frames = {camera: bridge_frames(camera, files) for camera in args.cameras}    # {camera: T file names}
-    counts = {len(names) for names in frames.values()}
-    if counts != {len(actions) + 1}:
-        raise Reject("frame count", f"{' and '.join(map(str, sorted(counts)))} images, {len(actions)} "
-                                    "actions: expected one image more than actions")
+    counts = {camera: len(names) for camera, names in frames.items()}
+    if set(counts.values()) != {len(actions) + 1}:
+        raise Reject("frame count", f"{counts} images, {len(actions)} actions: expected one action less")
     dates = re.findall(r"(\d{4}-\d\d-\d\d)_\d\d-\d\d-\d\d", f"{args.input}/{name}")
     try:                                             # without a date: the scripted part, from 2022 and later
         late = bool(dates) and datetime.date.fromisoformat(dates[-1]) < BRIDGE_CAMERA_LATE_UNTIL
@@ -635,7 +630,7 @@ def libero_episodes(args):
     processed  obs/*_image, upright, read before it (Adapt3R's, and LAWM's, process_libero_data.py)
     With --render the simulator draws the images from the states, and files without images will do.
     """
-    if not set(args.cameras) <= set(LIBERO_CAMERAS):
+    if not set(args.cameras) <= LIBERO_CAMERAS.keys():
         raise InputError(f"--cameras {','.join(args.cameras)}: expected some of {', '.join(LIBERO_CAMERAS)}")
     if args.render:
         import_libero(args.libero_assets)            # a missing simulator ends the run now, not after an hour
@@ -743,7 +738,7 @@ def observed_after(demo):
 
 def axis_angle(quaternion):
     """Unit quaternions (T, 4), x y z w -> rotation vectors (T, 3) with angles 0 to 2 pi, as in robosuite: no
-    jump where the angle passes pi, as it often does in a hand that points down."""
+    jump at pi, which is the angle of a hand that points down."""
     w = np.clip(quaternion[:, 3:], -1, 1)
     sine = np.sqrt(1 - w ** 2)
     return quaternion[:, :3] * np.where(sine > 1e-8, 2 * np.arccos(w) / np.maximum(sine, 1e-8), 0)
