@@ -278,6 +278,11 @@ def to_bgr(frames):
         yield np.rot90(bgr, frame.rotation // 90)
 
 
+def read_images(files, args, flip=np.s_[:]):
+    """Contents of JPEG or PNG files -> JPEGs of args.image_size pixels."""
+    return to_jpegs((decode_image(data, args.image_size)[flip] for data in files), args)
+
+
 def read_video(path, instructions, args, start=None, end=None):
     """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of the time has frames.
 
@@ -526,10 +531,8 @@ def bridge_episode(name, files, args):
     if len(state) != T:
         raise Reject("state count", f"{len(state)} rows of full_state, {T} images")
     check_length(T, args)
-    images = {}
-    for camera, names in frames.items():
-        pictures = (decode_image(read_bytes(files[name]), args.image_size) for name in names)
-        images[camera] = to_jpegs(pictures, args)
+    images = {camera: read_images((read_bytes(files[name]) for name in names), args)
+              for camera, names in frames.items()}
     return {"images": images, "instructions": bridge_annotations(files), "fps": BRIDGE_HZ, "actions": actions,
             "proprio": state}
 
@@ -995,18 +998,17 @@ def lerobot_episode(row, keys, info, args):
                for ours, key in (("actions", "action"), ("proprio", "observation.state")) if key in table}
     if "actions" in vectors:
         vectors["actions"] = vectors["actions"][:-1]
-    images = {}
+    images, flip = {}, FLIPS[args.flip]
     for camera, key in keys.items():
         if key in stored:
-            frames = (decode_image(cell["bytes"] or b"", args.image_size) for cell in table[key])
-            images[camera] = to_jpegs((frame[FLIPS[args.flip]] for frame in frames), args)
+            images[camera] = read_images((cell["bytes"] or b"" for cell in table[key]), args, flip)
             continue
         place = info["video_path"].format(video_key=key, chunk_index=row[f"videos/{key}/chunk_index"],
                                           file_index=row[f"videos/{key}/file_index"])
         start = row[f"videos/{key}/from_timestamp"]                      # s; frame k is at start + k / fps
         with open_video(os.path.join(args.input, place)) as container:
             frames = even_frames(container, fps, start - 0.4 / fps, start + (T - 0.5) / fps, max_gap=0)
-            images[camera] = to_jpegs((frame[FLIPS[args.flip]] for frame in to_bgr(frames)), args)
+            images[camera] = to_jpegs((frame[flip] for frame in to_bgr(frames)), args)
         if len(images[camera]) != T:
             raise Reject("truncated", f"{place}: {len(images[camera])} of {T} frames from {start:.3f} s on")
     return {"images": images, "instructions": row["tasks"] or [""], "fps": fps, **vectors}
@@ -1036,10 +1038,8 @@ def realman_episodes(args):
 def realman_take(path, cameras, args):
     """Job: one take -> episode."""
     with h5py.File(path, "r") as f:
-        images = {}
-        for camera in cameras:
-            frames = (decode_image(jpeg.tobytes(), args.image_size) for jpeg in f[f"images/{camera}"])
-            images[camera] = to_jpegs(frames, args)
+        images = {camera: read_images((jpeg.tobytes() for jpeg in f[f"images/{camera}"]), args)
+                  for camera in cameras}
         check_length(len(images[cameras[0]]), args)
         return {"images": images, "instructions": [f.attrs["instruction"]], "fps": f.attrs["fps"],
                 "actions": f["actions"][:], "proprio": f["proprio"][:]}

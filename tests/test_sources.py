@@ -114,14 +114,12 @@ def test_two_processes_write_the_same_bytes_and_check_writes_nothing(made, sourc
     assert f"{len(annotations_of(made(source).out))} good episodes" in printed
 
 
-@pytest.mark.parametrize("source", ["videos", "libero"])
-def test_the_output_trains(made, source, tmp_path):
-    flags = ["--smoke", "--data", str(made(source).out), "--device", "cpu"]
+def test_the_output_trains(made, tmp_path):
+    flags = ["--smoke", "--data", str(made("libero").out), "--device", "cpu"]
     pretrain.main([*flags, "--probe-data", "none", "--out", str(tmp_path / "a")])
     assert np.isfinite(metrics(tmp_path / "a")[-1]["shuffle_ratio"])
-    if source in LABELLED:
-        finetune.main([*flags, "--init", str(tmp_path / "a" / "last.pt"), "--out", str(tmp_path / "b")])
-        assert np.isfinite([line["loss"] for line in metrics(tmp_path / "b") if "loss" in line]).all()
+    finetune.main([*flags, "--init", str(tmp_path / "a" / "last.pt"), "--out", str(tmp_path / "b")])
+    assert np.isfinite([line["loss"] for line in metrics(tmp_path / "b") if "loss" in line]).all()
 
 
 def test_odd_commands_are_one_line(made, tmp_path):
