@@ -17,6 +17,7 @@ from models import BAKU, InputError, make_policy, read_json, read_lines, save_ch
 
 DRAWER = "pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
+BOWL = "put_the_bowl_on_the_plate"
 REACH = np.array([0.5, 0.3, -0.4, 0, 0, 0.2, -1])
 
 
@@ -62,29 +63,42 @@ def test_it_is_the_stored_state_that_an_episode_starts_from(libero):
 
 
 def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
-    """Both render the same states: upright, equally large, different by JPEG alone; equal proprioception."""
-    env = libero("libero_object").make(("agentview", "wrist"), 64)
-    seen, states, actions = [env.reset(SOUP, 0)], [env.sim.get_sim_state()], []
-    for _ in range(6):
-        actions.append(REACH)
-        seen.append(env.step(actions[-1])[0])
+    """Both render the same states: upright, equally large, different by JPEG alone; equal proprioception. The
+    poses of the furniture come in both forms that files have. A demonstration that fails is rejected."""
+    env = libero("libero_goal").make(("agentview", "wrist"), 64)
+    seen, states, joints = [env.reset(BOWL, 0)], [], []
+    for _ in range(7):
         states.append(env.sim.get_sim_state())
+        joints.append(env.sim.robots[0]._joint_positions)
+        seen.append(env.step(REACH)[0])
     model = env.sim.sim.model
+    furniture = model.body_pos.copy()
     poses = {n: [model.body_pos[i].tolist(), model.body_quat[i].tolist()] for n in model.body_names
              if "main" in n for i in [model.body_name2id(n)]}
-    with h5py.File(tmp_path / f"{SOUP}_demo.hdf5", "w") as f:
-        demo = f.create_group("data/demo_0")
-        f["data"].attrs["bddl_file_name"] = f"libero_object/{SOUP}.bddl"
-        demo.attrs["fixture_poses"] = json.dumps(poses)
-        demo["states"], demo["actions"] = np.array(states), np.array([*actions, actions[-1]])
-    prepare_data.main(["libero", "--render", "--keep-failures", "--input", str(tmp_path), "--out",
-                       str(tmp_path / "out"), "--image-size", "64", "--workers", "1", "--min-frames", "3"])
+    with h5py.File(tmp_path / f"{BOWL}_demo.hdf5", "w") as f:
+        for key, attribute, value in (("demo_0", "fixture_poses", json.dumps(poses)),
+                                      ("demo_1", "model_file", model.get_xml())):
+            demo = f.create_group(f"data/{key}")
+            demo.attrs[attribute] = value
+            demo["states"], demo["actions"] = np.array(states), np.tile(REACH, (7, 1))
+        demo["obs/joint_states"] = np.array([*joints[1:], joints[-1]])
+        assert prepare_data.observed_after(demo)
+        demo["obs/joint_states"][:] = joints
+        assert not prepare_data.observed_after(demo)
+    command = ["libero", "--render", "--input", str(tmp_path), "--out", str(tmp_path / "out"), "--image-size",
+               "64", "--workers", "1", "--min-frames", "3"]
+    with pytest.raises(InputError, match="none of the 2 items can be used .*no success"):
+        prepare_data.main(command)
+    prepare_data.reset_simulator(env.sim, 99)                      # the furniture moves, and has to come back
+    assert np.abs(env.sim.sim.model.body_pos - furniture).max() > 0.003
+    prepare_data.main([*command, "--keep-failures", "--overwrite"])
     data = prepare_data.EpisodeDataset(tmp_path / "out", 2)
-    for t in range(5):
-        item = data[t]
-        assert torch.allclose(item["obs"]["proprio"], torch.from_numpy(seen[t]["proprio"]), atol=5e-3)
+    assert data.lengths.tolist() == [7, 7]
+    for item in data:
+        now = seen[item["t"]]
+        assert torch.allclose(item["obs"]["proprio"], torch.from_numpy(now["proprio"]), atol=5e-3)
         assert torch.equal(item["actions"][0], torch.from_numpy(REACH).float())
-        for camera, picture in seen[t]["images"].items():
+        for camera, picture in now["images"].items():
             stored = item["obs"]["images"][camera].permute(1, 2, 0).numpy().astype(float)
             assert stored.shape == picture.shape and np.abs(stored - picture).mean() < 2
             flipped, mirrored = (np.abs(x - picture).mean() for x in (stored[::-1], stored[:, ::-1]))
