@@ -222,7 +222,8 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line_with_a_way_out(tmp_path
     broken["policy"]["query"][0] = torch.nan
     save_checkpoint(tmp_path / "broken.pt", broken)
     twin = "--env", "twin", "--tasks", "stack_cups"
-    for flags, message in (((pretrained,), "written by pretrain.py: give a checkpoint of finetune.py"), ((foreign,), "--tasks takes push, pull"),
+    for flags, message in (((pretrained,), "pretrain.py: give a checkpoint of finetune.py"),
+                           ((foreign,), "--tasks takes push, pull"),
                            ((str(tmp_path / "broken.pt"),), "NaN"), ((slow,), "10 Hz.*20 Hz"),
                            ((units,), f"^{units}.*units.*fake has"),
                            ((absolute,), f"^{absolute}.*delta.*fake has"),
