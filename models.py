@@ -1297,7 +1297,8 @@ def load_policy(path, device="cpu", stage=None):
     `stage` ("pretrain", "finetune" or None for both) is not the checkpoint's."""
     checkpoint = load_checkpoint(path)
     if stage not in (None, checkpoint["stage"]):
-        raise InputError(f"{path} was written by {checkpoint['stage']}.py: give a checkpoint of {stage}.py")
+        raise InputError(f"{path} was written by {checkpoint['stage']}.py: give a checkpoint of {stage}.py"
+                         + f" (python finetune.py --init {path} makes one)" * (stage == "finetune"))
     broken = [k for k, v in checkpoint["policy"].items() if not v.isfinite().all()]
     if broken:
         raise InputError(f"{path} has NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its "

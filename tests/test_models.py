@@ -210,6 +210,13 @@ def test_policy_reads_instruction_every_camera_and_proprio_and_changes_none_of_t
     torch.testing.assert_close(batch, before, rtol=0, atol=0)
 
 
+def test_policy_overfits_five_demonstrations():
+    policy, batch = m.make_policy(config("action", proprio_dim=7)), demonstrations(proprio=True)
+    fit(policy, batch, 120, 3e-3)
+    error = (policy.eval().act(batch["obs"]) - batch["actions"]).abs().mean()
+    assert error < 0.1, f"mean error {error:.3f} of actions in [-1, 1]"
+
+
 @every_policy
 def test_latent_actions_are_bounded_repeatable_and_differ_between_observations(policy):
     policy, obs = new(policy=policy), observation()
