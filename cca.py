@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from scipy.linalg import block_diag
+from matplotlib.patches import FancyArrowPatch
 from scipy.spatial.distance import cdist
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -89,28 +89,16 @@ def cca_fit(S, dx, ridge=1e-3):
 def choose_ridge(X, Y, episode):
     """The ridge of RIDGES whose directions correlate most on validation episodes (cross-validation over
     episodes). X (N, dx), Y (N, dy) without constant columns, episode (N,)."""
-    Z, fold = np.c_[X, Y], np.unique(episode, return_inverse=True)[1] % FOLDS
-    Z = np.c_[np.ones(len(Z)), (Z - Z.mean(0)) / Z.std(0)]
-    # Sums of products, one pass over the rows: those of the training rows are the total minus the fold's.
-    moments = np.array([Z[fold == k].T @ Z[fold == k] for k in np.unique(fold)])      # (folds, 1 + d, 1 + d)
-
-    def covariance(M):
-        S = M[1:, 1:] / M[0, 0] - np.outer(M[0, 1:], M[0, 1:]) / M[0, 0] ** 2
-        np.fill_diagonal(S, S.diagonal().clip(1e-8))        # a column may be constant in a fold
-        return S
-
-    folds = [(covariance(moments.sum(0) - M), covariance(M)) for M in moments]
-
-    def score(training, validation, ridge):
-        A, B = cca_fit(training, X.shape[1], ridge)
-        r, W = A.shape[1], block_diag(A, B)
-        S = W.T @ validation @ W                            # covariance of the projections (2r, 2r)
-        variances = S.diagonal()[:r] * S.diagonal()[r:]
-        varies = variances > 1e-10                          # false for directions beyond the rank of X
-        return (S.diagonal(r)[varies] / np.sqrt(variances[varies])).sum()
-
-    # Rounded, so that rounding errors do not decide between equally good ridges.
-    return max(RIDGES, key=lambda ridge: sum(score(*S, ridge) for S in folds).round(9))
+    Z, dx, fold = np.c_[X, Y], X.shape[1], np.unique(episode, return_inverse=True)[1] % FOLDS
+    Z, scores = (Z - Z.mean(0)) / Z.std(0), np.zeros(len(RIDGES))
+    for k in np.unique(fold):
+        S, validation = np.cov(Z[fold != k], rowvar=False, bias=True), Z[fold == k]
+        np.fill_diagonal(S, S.diagonal().clip(1e-8))            # a column may be constant in a fold
+        for i, ridge in enumerate(RIDGES):
+            A, B = cca_fit(S, dx, ridge)
+            scores[i] += correlation(np.ones((1, len(validation))), validation[:, :dx] @ A,
+                                     validation[:, dx:] @ B).sum()
+    return RIDGES[int(scores.round(9).argmax())]        # rounding errors do not decide between equal ones
 
 
 # The next three functions compute statistics of S weighted samples at once -> (S, d). weights (S, N) says how
@@ -205,9 +193,6 @@ def open_data(args, checkpoints):
     if train.action_dim is None:
         raise InputError(f"{args.data} has no actions to compare with: give labelled demonstrations; "
                          "python prepare_data.py sim makes some in data/robot")
-    if min(train.num_episodes, held_out.num_episodes) < 2:
-        raise InputError(f"{args.data} has {train.num_episodes} training and {held_out.num_episodes} "
-                         "held-out episodes: at least 2 of each are needed")
     views, video = checkpoints[0]["world_config"]["views"], args.video or pretraining["path"]
     wanted = video != "none" if args.video else Path(video).exists()
     return train, held_out, windows(video, "val", views, views) if wanted else None
@@ -240,16 +225,20 @@ def random_policies(args, config, data, device):
 
 
 def image_motion(frames):
-    """Motion in clips (B, T, 3, H, W) in [0, 1] -> displacement (B, 2), x and y in pixels.
+    """Motion in clips (B, T, 3, H, W) in [0, 1] -> displacement (B, 2), place (B, 2), x and y in pixels.
 
     The optical flow is averaged over the image, weighted by the squared change of each pixel (on a plain
-    background the flow merely repeats that of its surroundings), then summed over the frames.
+    background the flow merely repeats that of its surroundings), then summed over the frames. The place is
+    the mean position of the pixels over all frames, with the same weights.
     """
     grey = frames.mean(2, keepdim=True)                                               # (B, T, 1, H, W)
     flow = 2 * optical_flow(grey).float()                                             # (B, T-1, 2, h, w)
     weight = F.avg_pool2d((grey[:, 1:] - grey[:, :-1]).flatten(0, 1) ** 2, 2)
     weight = weight.unflatten(0, flow.shape[:2])                                      # (B, T-1, 1, h, w)
-    return ((flow * weight).sum((3, 4)) / weight.sum((3, 4)).clamp(min=1e-6)).sum(1).cpu()
+    motion = ((flow * weight).sum((3, 4)) / weight.sum((3, 4)).clamp(min=1e-6)).sum(1)
+    y, x = 2 * torch.stack(torch.meshgrid(*map(torch.arange, flow.shape[3:]), indexing="ij")).to(flow)
+    place = (torch.stack([x, y]) * weight).sum((1, 3, 4)) / weight.sum((1, 3, 4)).clamp(min=1e-6)
+    return motion.cpu(), place.cpu()
 
 
 @torch.no_grad()
@@ -258,8 +247,8 @@ def collect(models, data, count, device, keep_frames=False):
 
     "latents" {name: (N, n, Z)}, "frame" (N, D) small first frames of all cameras, "actions" (N, n, A),
     "is_pad" (N, n), "episode", "t", "instruction_id" (N,). Data with future frames also give "picture"
-    (N, 3, H, W) uint8, the first frame of the main camera, and "motion" (N, 2), see image_motion(); with
-    keep_frames also "frames" (N, n+1, 3V, H, W) uint8.
+    (N, 3, H, W) uint8, the first frame of the main camera, and "motion" and "place" (N, 2), see
+    image_motion(); with keep_frames also "frames" (N, n+1, 3V, H, W) uint8.
     """
     parts, latents = {}, {name: [] for name in models}
     batches = DataLoader(Subset(data, data.spaced(count)), batch_size=64)
@@ -276,7 +265,7 @@ def collect(models, data, count, device, keep_frames=False):
         batch["frame"] = torch.cat(small, 1).flatten(1).cpu()
         if frames is not None:
             batch["picture"] = frames[:, 0, :3]
-            batch["motion"] = image_motion(frames[:, :, :3].float() / 255)
+            batch["motion"], batch["place"] = image_motion(frames[:, :, :3].float() / 255)
         if keep_frames:
             batch["frames"] = frames
         for key, values in batch.items():
@@ -331,13 +320,15 @@ def analyse(X, Y, episode, held_out, seed):
     Constant columns are left out. Components that X has too few columns for count as 0.
     """
     fit = ~held_out
-    if min(len(np.unique(episode[half])) for half in (fit, held_out)) < 2:
-        raise InputError("there are fewer than 2 training or held-out episodes")
+    episodes = [len(np.unique(episode[half])) for half in (fit, held_out)]
+    if min(episodes) < 2:
+        raise InputError("{} training and {} held-out episodes have such windows, but at least 2 of each are "
+                         "needed: prepare more demonstrations".format(*episodes))
     X, Y = (M[:, M[fit].std(0) > 1e-6] for M in (X, Y))
     dx, dy = X.shape[1], Y.shape[1]
     if not dy or fit.sum() <= dx + dy:
-        raise InputError(f"{fit.sum()} training windows are too few for {dx} + {dy} dimensions that vary: "
-                         "raise --max-windows, or give more data")
+        raise InputError(f"{fit.sum()} training windows, but {dx} + {dy} dimensions vary and more windows "
+                         "than that are needed: raise --max-windows, or prepare more demonstrations")
     ridge = choose_ridge(X[fit], Y[fit], episode[fit])
     A, B = cca_fit(np.cov(np.c_[X, Y][fit], rowvar=False, bias=True), dx, ridge)
     u, v, missing = X @ A, Y @ B, (0, dy - A.shape[1])
@@ -372,14 +363,15 @@ def correlations(study):
     rows, panels = [], []
     for steps, title in (("single", "single steps: z_t, a_t"), ("chunk", "whole chunks")):
         X, Y, episode, held_out, group = representations(study, steps)
-        for tasks in ("all", *study.groups):
+        groups = np.unique(group)
+        for tasks in ("all", *groups) if len(groups) > 1 else ("all",):
             inside = (group == tasks) | (tasks == "all")
             try:
                 results = {name: analyse(x[inside], Y[inside], episode[inside], held_out[inside],
                                          study.args.seed) for name, x in X.items()}
             except InputError as reason:
                 if not rows:
-                    raise
+                    raise InputError(f"{study.args.data}: {reason}") from None
                 study.notes.append(f"correlations of {tasks}, {steps}: left out, {reason}")
                 continue
             results["random weights"] = pooled([results.pop(name) for name in list(results)
@@ -452,6 +444,8 @@ def collapse(study):
 
     rows, ids = [], study.held_out["instruction_id"]
     for name, z in study.held_out["latents"].items():                                 # (N, n, Z)
+        if z.std(0).max() < 1e-6:
+            study.notes.append(f"the latent actions of {name} are constant: nothing can be predicted from them")
         flat = z.reshape(len(z), -1)
         between = sum((ids == i).sum() * (flat[ids == i].mean(0) - flat.mean(0)) ** 2 for i in np.unique(ids))
         rows.append({"latents": name, "std": float(z.std(0).mean(0).min()), "rank of z_t": rank(z[:, 0]),
@@ -498,7 +492,7 @@ def swap(study):
     of_a = np.random.default_rng(seed).permutation(len(z))                            # clip A for each clip B
     own, swapped = imagine(z), imagine(z[of_a])
     b, a = video["motion"], video["motion"][of_a]                                     # true motions (B, 2)
-    motion_own, motion_swapped = (image_motion(x).numpy() for x in (own, swapped))
+    motion_own, motion_swapped = (image_motion(x)[0].numpy() for x in (own, swapped))
     whole, episode = ~video["is_pad"].any(1), np.stack([video["episode"], video["episode"][of_a]], 1)
     counted = whole & whole[of_a] & (episode[:, 0] != episode[:, 1]) & (cosine(a, b) < 0.5)
     counted &= np.minimum(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)) > MOVES_PIXELS
@@ -535,7 +529,7 @@ def pairs(study):
     Two motions agree if their directions differ by less than 60 degrees. Between robot clips the motion is
     the true displacement of the end effector, between robot and video the optical flow. Only clips that move
     more than 1 cm, or 2 pixels, count. "Any such pair" is the rate at which random pairs agree. The pictures
-    are evenly spaced over the clips, not selected. An arrow from the middle shows the optical flow of a clip.
+    are evenly spaced over the clips, not selected. An arrow shows the optical flow, where the clip changes.
     Intervals: 95 % over the n episodes of the clips.
     """
     def latents(clips, name):                                                         # (N, d), standardised
@@ -572,10 +566,10 @@ def pairs(study):
                                for clip in ((robot, query[i]), (bank, nearest[i]))]
     if not rows:
         raise InputError("no two held-out clips of different episodes move")
-    pictures, motions = (np.array([[clips[key][i] for clips, i in line] for line in shown.values()])
-                         for key in ("picture", "motion"))
+    pictures, *arrows = (np.array([[clips[key][i] for clips, i in line] for line in shown.values()])
+                         for key in ("picture", "place", "motion"))
     return "Nearest pairs of latent actions", rows, mosaic(
-        pictures.transpose(0, 1, 3, 4, 2), ["clip", "nearest"] * 6, list(shown), motions)
+        pictures.transpose(0, 1, 3, 4, 2), ["clip", "nearest"] * 6, list(shown), *arrows)
 
 
 ANALYSES = (correlations, probes, collapse, swap, pairs)
@@ -589,9 +583,9 @@ BASELINES = {"random weights": ("#E69F00", "s"), "random 1": ("#E69F00", "s"), "
 OTHERS = [("#0072B2", "o"), ("#D55E00", "v"), ("#56B4E9", "<"), ("#F0E442", ">")]
 
 
-def mosaic(pictures, columns, rows, motions=None):
+def mosaic(pictures, columns, rows, places=None, motions=None):
     """Pictures (R, K, h, w, 3) uint8 with the names of columns and rows -> figure. motions (R, K, 2), x and y
-    in pixels, are drawn as arrows from the middle."""
+    in pixels, are drawn as arrows through the places (R, K, 2)."""
     R, K, h, w, _ = pictures.shape
     figure = Figure(figsize=(2 + K * w / h, 0.4 + R), layout="compressed")
     for (i, k), axes in np.ndenumerate(figure.subplots(R, K, squeeze=False)):
@@ -600,8 +594,10 @@ def mosaic(pictures, columns, rows, motions=None):
         axes.set_title(columns[k] if i == 0 else "", fontsize=8)
         axes.set_ylabel(rows[i] if k == 0 else "", fontsize=8, rotation=0, ha="right", va="center")
         if motions is not None:
-            axes.quiver(w / 2, h / 2, *motions[i, k], angles="xy", scale_units="xy", scale=1, width=0.025,
-                        facecolor="white", edgecolor="black", linewidth=0.7)
+            start, end = (places[i, k] + sign * motions[i, k] / 2 for sign in (-1, 1))
+            axes.add_patch(FancyArrowPatch(
+                start, end, arrowstyle="simple,head_length=0.8,head_width=0.6", mutation_scale=12, shrinkA=0,
+                shrinkB=0, facecolor="white", edgecolor="black", linewidth=0.7))
     return figure
 
 
@@ -699,14 +695,14 @@ def main(argv=None):
     labels = [n if action["names"].count(n) == 1 else f"{n}{d}" for d, n in enumerate(action["names"])]
     moves = {n: d for d, n in enumerate(labels) if train["actions"][:, 0, d].std() > 1e-6}
     still = [n for n in labels if n not in moves]
-    present = {group_of(instructions[i]) for i in train["instruction_id"]}
-    groups = [g for g in (*GROUPS, "other") if g in present]
+    groups = {}
+    for text in instructions:
+        groups.setdefault(group_of(text), []).append(text)
     study = SimpleNamespace(
         args=args, device=device, notes=[], checkpoint=checkpoints[0],
         names=args.checkpoint,                                  # of the pretrained policies
         train=train, held_out=held_out, video=video,            # see collect(); video may be None
-        action=action, moves=moves,                             # {name: dimension} of actions that vary
-        instructions=instructions, groups=groups if len(groups) > 1 else [])
+        action=action, moves=moves, instructions=instructions)  # {name: dimension} of actions that vary
     facts = "\n".join([
         *(f"policy       {path}, step {c['step']:,}, hash {file_hash(path)}"
           for path, c in zip(args.checkpoint, checkpoints)),
@@ -714,20 +710,22 @@ def main(argv=None):
         f"data         {args.data}, {data[0].stride} frames per latent action, hash {data[0].fingerprint}",
         *(f"{use:12s} {d.num_episodes} episodes, {len(split['t']):,} windows"
           for use, d, split in zip(("training", "held-out"), data, (train, held_out))),
-        *(f"{g:12s} {', '.join(t for t in instructions if group_of(t) == g)[:200]}" for g in groups)])
+        *(f"{group:12s} {', '.join(texts)[:200]}" for group, texts in groups.items())])
     print(facts)
 
     # ---- analyses ----
     sections, result = [], {}
-    out.mkdir(parents=True, exist_ok=True)
     for analysis in ANALYSES:
         try:
             title, rows, figure = analysis(study)
         except InputError as reason:
+            if not sections:            # without correlations there is nothing to report
+                raise
             study.notes.append(f"{analysis.__name__}: left out, {reason}")
             continue
         print(f"\n{title}\n\n{markdown_table(text_rows(rows))}")
         path = figure and out / f"{analysis.__name__}.png"
+        out.mkdir(parents=True, exist_ok=True)
         if figure:
             figure.savefig(path, dpi=130)
         sections.append((title, inspect.getdoc(analysis), rows, path))

@@ -27,7 +27,7 @@ def windows(count, first_episode, rng):
 
 
 count, rng, began = int((sys.argv + ["100000"])[1]), np.random.default_rng(0), time.time()
-study = SimpleNamespace(args=SimpleNamespace(seed=0, data="made up"), names=["latents"], groups=[],
+study = SimpleNamespace(args=SimpleNamespace(seed=0, data="made up"), names=["latents"],
                         train=windows(count * 4 // 5, 0, rng), held_out=windows(count // 5, 10 ** 6, rng),
                         moves={name: d for d, name in enumerate("abcdefg")}, instructions=list("abcd"))
 (_, rows, _), (_, probed, _), _ = cca.correlations(study), cca.probes(study), cca.collapse(study)

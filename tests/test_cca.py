@@ -53,32 +53,25 @@ def test_without_a_ridge_scikit_learn_finds_the_same_correlations():
     assert np.allclose(measured(X, Y, X, Y, ridge=0), theirs, atol=1e-6)
 
 
-def test_the_ridge_is_chosen_on_whole_episodes():
+def test_the_ridge_is_chosen_on_whole_episodes_from_fits_without_them():
     """Each episode repeats its own numbers in X and Y. Folds that split an episode would reward a weak ridge,
     which learns these numbers by heart. Folds of whole episodes show that most of it does not generalise."""
     episode = np.repeat(np.arange(60), 10)
     X, Y = RNG(0).normal(size=(60, 40))[episode], RNG(1).normal(size=(60, 3))[episode]
     Y[:, 0] += X[:, 0]
     X = X + 0.05 * RNG(2).normal(size=X.shape)
-    assert cca.choose_ridge(X, Y, episode) == max(cca.RIDGES)
-    assert cca.choose_ridge(X, Y, np.arange(600)) < max(cca.RIDGES), "what folds by row would choose"
-    thin = RNG(3).normal(size=(600, 3)) * [1, 1, 1e-2]                  # only a weak ridge finds the third
-    mixed = thin @ np.linalg.qr(RNG(4).normal(size=(3, 3)))[0]
-    assert cca.choose_ridge(mixed, thin[:, 2:], episode) == min(cca.RIDGES)
-
-
-def test_the_ridge_is_that_of_fits_from_the_rows_of_each_fold():
-    X, fold = RNG(0).normal(size=(200, 20)), np.repeat(np.arange(cca.FOLDS), 40)
+    by_row, thin = np.arange(600), RNG(3).normal(size=(600, 3)) * [1, 1, 1e-2]
+    mixed = thin @ np.linalg.qr(RNG(4).normal(size=(3, 3)))[0]           # only a weak ridge finds the third
     chosen = []
-    for noise in (0.01, 3):
-        Y = X[:, :3] * [1, 1, 0.1] + noise * RNG(1).normal(size=(200, 3))
-        score = {ridge: sum(measured(X[fold != k], Y[fold != k], X[fold == k], Y[fold == k], ridge).mean()
+    for x, y, group in ((X, Y, episode), (X, Y, by_row), (mixed, thin[:, 2:], episode)):
+        fold = group % cca.FOLDS
+        score = {ridge: sum(measured(x[fold != k], y[fold != k], x[fold == k], y[fold == k], ridge).sum()
                             for k in range(cca.FOLDS)) for ridge in cca.RIDGES}
-        chosen.append(cca.choose_ridge(X, Y, fold))
+        chosen.append(cca.choose_ridge(x, y, group))
         assert chosen[-1] == max(score, key=score.get)
-    assert chosen[0] != chosen[1], "this test tells ridges apart"
+    assert chosen[0] == max(cca.RIDGES) > chosen[1] and chosen[2] == min(cca.RIDGES)
     with np.errstate(all="raise"):                      # of deficient rank, one column constant in four folds
-        assert cca.choose_ridge(np.c_[X, X, fold == 2], Y, fold) in cca.RIDGES
+        assert cca.choose_ridge(np.c_[X, X, episode % cca.FOLDS == 2], Y, episode) in cca.RIDGES
 
 
 def test_bootstrap_resamples_whole_episodes():
@@ -116,7 +109,8 @@ def test_constant_columns_have_no_correlation_and_a_constant_baseline_is_no_erro
     samples, in_sample, _ = cca.analyse(X * [1, 0, 1], Y, episode, held_out, 0)
     assert samples.shape[1] == 3 and samples[0, 1] > 0.9 and samples[0, 2] == 0       # two columns are left
     assert not cca.analyse(0 * X, Y, episode, held_out, 0)[0].any()         # the time, if every t is 0
-    for episode, fitted, message in ((row, 6, "too few for 3 . 3"), (row // 150, 150, "fewer than 2")):
+    for episode, fitted, message in ((row, 6, "^6 training windows, but 3 . 3 dimensions"),
+                                     (row // 150, 150, "^1 training and 1 held-out episodes")):
         with pytest.raises(InputError, match=message):
             cca.analyse(X, Y, episode, row >= fitted, 0)
 
@@ -139,7 +133,7 @@ def windows(episodes, first, seed):
 def study():
     return SimpleNamespace(
         args=SimpleNamespace(seed=0, data="made up"), names=["good", "blind"], notes=[], device="cpu",
-        train=windows(20, 0, 0), held_out=windows(8, 100, 1), groups=["Put", "Take"], moves={"x": 0, "y": 1},
+        train=windows(20, 0, 0), held_out=windows(8, 100, 1), moves={"x": 0, "y": 1},
         instructions=["put it", "take it"], action={"units": ["m"] * 3, "delta": [True] * 3})
 
 
@@ -162,16 +156,14 @@ def test_latents_that_hold_the_actions_gain_over_random_weights_and_noise_does_n
     assert cca.estimate(mixed) == [pytest.approx(x) for x in (0.4, 0.2, 0.6)]
 
 
-def test_a_group_with_too_few_episodes_is_left_out_with_a_note(study):
+def test_constant_latents_have_correlation_zero_and_a_group_with_too_few_episodes_is_left_out(study):
     study.held_out["instruction_id"][:] = 1
-    tasks = {row["tasks"] for row in cca.correlations(study)[1]}
-    assert tasks == {"all", "Take"} and len(study.notes) == 2 and "correlations of Put" in study.notes[0]
-
-
-def test_constant_latents_are_reported_with_correlation_zero(study):
     for split in (study.train, study.held_out):
         split["latents"]["blind"][:] = 0.3
-    assert [row["1st"][0] for row in cca.correlations(study)[1] if row["latents"] == "blind"] == [0] * 6
+    rows = cca.correlations(study)[1]
+    assert [row["1st"][0] for row in rows if row["latents"] == "blind"] == [0] * 4
+    assert {row["tasks"] for row in rows} == {"all", "Take"}
+    assert len(study.notes) == 2 and "correlations of Put" in study.notes[0]
     assert abs(cca.probes(study)[1][1]["mean"][0]) < 0.1
 
 
@@ -188,65 +180,53 @@ def test_collapse_tells_constant_one_directional_and_task_naming_latents_from_go
     task, free = np.arange(400) % 2, RNG(0).uniform(-0.9, 0.9, (400, 4, 3))
     latents = {"good": free, "named": np.where(task, 0.99, -0.99)[:, None, None] * np.ones((400, 4, 3)),
                "dead": 0 * free}
-    held_out = {"latents": latents, "instruction_id": task}
-    good, named, dead = cca.collapse(SimpleNamespace(held_out=held_out))[1]
+    study = SimpleNamespace(held_out={"latents": latents, "instruction_id": task}, notes=[])
+    good, named, dead = cca.collapse(study)[1]
+    assert len(study.notes) == 1 and "latent actions of dead are constant" in study.notes[0]
     assert good["rank of z_t"] > 2.8 and good["rank of chunks"] > 11 and good["instruction"] < 0.02
     assert good["saturated"] == 0 and good["std"] == pytest.approx(0.52, abs=0.03) and dead["std"] == 0
     assert named["instruction"] == pytest.approx(1) and named["saturated"] == 1
     assert named["rank of z_t"] == pytest.approx(1)
 
 
-class Painter(torch.nn.Module):
-    """Replaces the world model: draws the first frame, shifted as the latents say, or not at all."""
+def painter(obeys):
+    """Replaces the world model: draws the first frame, shifted as the latents say if it obeys them."""
+    def imagine(first, z):
+        shift = (12 * z[..., 0]).cumsum(1).round().int() * obeys                      # pixels, (B, n)
+        return torch.stack([torch.stack([frame.roll(int(x), -1) for x in row])
+                            for frame, row in zip(first, shift)]).float() / 255
 
-    def __init__(self, config):
-        super().__init__()
-        self.obeys = config["obeys"]
-
-    def embed(self, frames):
-        return frames
-
-    def context(self, first):
-        return first
-
-    def imagine(self, first, z):
-        shift = (12 * z[..., 0]).cumsum(1).round().int() * self.obeys                 # pixels, (B, n)
-        return torch.stack([torch.stack([first[b].roll(int(s), -1) for s in shift[b]])
-                            for b in range(len(z))]).float() / 255
-
-    def decode(self, frames):
-        return frames
-
-    def picture(self, frames, first):
-        return frames
+    world = SimpleNamespace(embed=lambda x: x, context=lambda x: x, imagine=imagine, decode=lambda x: x,
+                            picture=lambda future, first: future, load_state_dict=lambda weights: None)
+    world.to = world.eval = lambda *device: world
+    return world
 
 
 def clips(count=80, steps=4, size=32):
     """A bright square goes left or right, 8 clips per episode; the latents hold its motion in units of 12."""
-    rng, motion = RNG(0), []
+    rng = RNG(0)
+    start, motion = rng.uniform(10, size - 10, (count, 2)), rng.choice([-1.5, 1.5], count)
     frames = torch.full((count, steps + 1, 3, size, size), 60, dtype=torch.uint8)
-    for b in range(count):
-        where, step = rng.uniform(10, size - 10, 2), rng.choice([-1.5, 1.5])
-        motion.append(step)
-        for k in range(steps + 1):
-            x, y = round(where[0] + k * step), round(where[1])
-            frames[b, k, :, y - 3:y + 3, max(x - 3, 0):x + 3] = 220
+    for b, k in np.ndindex(count, steps + 1):
+        x, y = round(start[b, 0] + k * motion[b]), round(start[b, 1])
+        frames[b, k, :, y - 3:y + 3, max(x - 3, 0):x + 3] = 220
     z = np.zeros((count, steps, 2))
-    z[..., 0] = np.array(motion)[:, None] / 12
-    return {"frames": frames.numpy(), "motion": cca.image_motion(frames.float() / 255).numpy(),
-            "latents": {"good": z}, "is_pad": np.zeros((count, steps), bool),
-            "episode": np.arange(count) // 8, "true": np.array(motion)}
+    z[..., 0] = motion[:, None] / 12
+    moved, place = (x.numpy() for x in cca.image_motion(frames.float() / 255))
+    return {"frames": frames.numpy(), "motion": moved, "place": place, "latents": {"good": z},
+            "is_pad": np.zeros((count, steps), bool), "episode": np.arange(count) // 8,
+            "true": np.stack([motion, 0 * motion], 1) * steps, "start": start}
 
 
-def test_image_motion_has_the_direction_of_what_moves():
+def test_image_motion_has_the_direction_and_the_place_of_what_moves():
     video = clips()
-    assert (np.sign(video["motion"][:, 0]) == np.sign(video["true"])).all(), "x grows to the right"
+    assert (np.sign(video["motion"][:, 0]) == np.sign(video["true"][:, 0])).all(), "x grows to the right"
     assert np.abs(video["motion"][:, 0]).mean() > 3 and np.abs(video["motion"][:, 1]).mean() < 1
+    assert np.abs(video["place"] - video["start"] - video["true"] / 2).max() < 2, "the middle of the way"
 
 
 def test_swap_tells_a_world_model_that_obeys_latents_from_one_that_does_not(study, monkeypatch):
-    monkeypatch.setattr(cca, "WorldModel", Painter)
-    monkeypatch.setattr(Painter, "load_state_dict", lambda self, state: None)
+    monkeypatch.setattr(cca, "WorldModel", lambda config: painter(config["obeys"]))
     study.video = clips()
     world = {"target": "pixels", "context_frame": True, "obeys": True}
     study.checkpoint = {"args": {"latents": "learned"}, "world_config": world, "world_model": {}}
@@ -272,7 +252,7 @@ def test_swap_tells_a_world_model_that_obeys_latents_from_one_that_does_not(stud
 def test_nearest_pairs_agree_only_if_the_latents_know_the_motion(study):
     way, n = RNG(0).normal(size=(200, 3)), 200
     study.held_out = study.video = {
-        "actions": way[:, None] * 0.05, "motion": 10 * way[:, :2], "frame": way,
+        "actions": way[:, None] * 0.05, "motion": 10 * way[:, :2], "place": 0 * way[:, :2], "frame": way,
         "picture": np.zeros((n, 3, 32, 32), np.uint8),
         "episode": np.arange(n) // 10, "instruction_id": np.arange(n) % 2, "path": "hands",
         "latents": {"good": way + 0.05 * RNG(1).normal(size=(n, 3)),
@@ -354,17 +334,18 @@ def test_statistics_of_random_policies_are_measured(data, runs):
 def test_what_cannot_be_analysed_is_refused_in_one_line(data, runs, tmp_path):
     good = torch.load(runs / "inverse" / "last.pt", weights_only=True)
 
-    def refused(message, path=runs / "inverse" / "last.pt", data_path=data.robot, **changes):
+    def refused(message, *flags, path=runs / "inverse" / "last.pt", **changes):
         if changes:
             path = tmp_path / "changed.pt"
             save_checkpoint(path, good | changes)
         with pytest.raises(InputError, match=message):
-            analysis(tmp_path / "out", "--checkpoint", path, "--data", data_path)
+            analysis(tmp_path / "out", "--checkpoint", path, "--data", data.robot, *flags)
 
     refused("NaN or infinity", policy={k: v * torch.nan for k, v in good["policy"].items()})
-    refused("finetuned on actions", stage="finetune")
-    refused("no actions to compare with", data_path=data.video)
-    refused("1 held-out", data_path=write_dataset(tmp_path / "few", episodes=10))
+    refused("written by finetune.py: give a checkpoint of pretrain.py", stage="finetune")
+    refused("no actions to compare with", "--data", data.video)
+    refused("1 held-out", "--data", write_dataset(tmp_path / "few", episodes=10))
+    refused(f"{data.robot}: 8 training windows, .*: raise --max-windows", "--max-windows", 8)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cca.json").write_text("{}")
