@@ -61,44 +61,43 @@ GROUPS = {"Put": "put place stack insert drop pour", "Move": "move push pull sli
 
 def group_of(instruction):
     """The task group of the first word of an instruction that GROUPS lists, or "other"."""
-    verbs = {verb: group for group, words in GROUPS.items() for verb in words.split()}
-    return next((verbs[word] for word in instruction.lower().split() if word in verbs), "other")
+    return next((group for word in instruction.lower().split() for group, verbs in GROUPS.items()
+                 if word in verbs.split()), "other")
 
 
 # ---- 1 statistics ----------------------------------------------------------------------------------------
 
 
-def cca_fit(S, dx, ridge=1e-3):
-    """Canonical directions from the joint covariance S (dx + dy, dx + dy) of the columns of X and Y
-    -> A (dx, r), B (dy, r) with r = min(dx, dy). corr(X A_i, Y B_i) falls with i.
+def cca_fit(X, Y, ridge=1e-3):
+    """Canonical directions of X (N, dx) and Y (N, dy) -> A (dx, r), B (dy, r) with r = min(dx, dy).
+    corr(X A_i, Y B_i) falls with i.
 
     The ridge is added to the variances of the standardised columns, so it has no unit.
     """
     def inverse_root(S):
-        values, vectors = np.linalg.eigh(S)
+        values, vectors = np.linalg.eigh(S + ridge * np.eye(len(S)))
         return vectors / np.sqrt(values) @ vectors.T
 
-    scale = np.sqrt(np.diag(S))
+    S, dx = np.cov(np.c_[X, Y], rowvar=False, bias=True), X.shape[1]
+    scale = np.sqrt(S.diagonal())
+    scale = np.where(scale > 1e-9, scale, 1)                    # a column may be constant in a fold
     S = S / np.outer(scale, scale)
-    white_x = inverse_root(S[:dx, :dx] + ridge * np.eye(dx))
-    white_y = inverse_root(S[dx:, dx:] + ridge * np.eye(len(S) - dx))
+    white_x, white_y = inverse_root(S[:dx, :dx]), inverse_root(S[dx:, dx:])
     left, _, right = np.linalg.svd(white_x @ S[:dx, dx:] @ white_y, full_matrices=False)          # (Eq. 8, 9)
     return white_x @ left / scale[:dx, None], white_y @ right.T / scale[dx:, None]
 
 
 def choose_ridge(X, Y, episode):
     """The ridge of RIDGES whose directions correlate most on validation episodes (cross-validation over
-    episodes). X (N, dx), Y (N, dy) without constant columns, episode (N,)."""
-    Z, dx, fold = np.c_[X, Y], X.shape[1], np.unique(episode, return_inverse=True)[1] % FOLDS
-    Z, scores = (Z - Z.mean(0)) / Z.std(0), np.zeros(len(RIDGES))
-    for k in np.unique(fold):
-        S, validation = np.cov(Z[fold != k], rowvar=False, bias=True), Z[fold == k]
-        np.fill_diagonal(S, S.diagonal().clip(1e-8))            # a column may be constant in a fold
-        for i, ridge in enumerate(RIDGES):
-            A, B = cca_fit(S, dx, ridge)
-            scores[i] += correlation(np.ones((1, len(validation))), validation[:, :dx] @ A,
-                                     validation[:, dx:] @ B).sum()
-    return RIDGES[int(scores.round(9).argmax())]        # rounding errors do not decide between equal ones
+    episodes). X (N, dx), Y (N, dy), episode (N,)."""
+    fold = np.unique(episode, return_inverse=True)[1] % FOLDS
+
+    def validate(k, ridge):
+        A, B = cca_fit(X[fold != k], Y[fold != k], ridge)
+        return correlation(np.ones((1, (fold == k).sum())), X[fold == k] @ A, Y[fold == k] @ B).sum()
+
+    # Rounded, so that rounding errors do not decide between equally good ridges.
+    return max(RIDGES, key=lambda ridge: sum(validate(k, ridge) for k in np.unique(fold)).round(9))
 
 
 # The next three functions compute statistics of S weighted samples at once -> (S, d). weights (S, N) says how
@@ -280,30 +279,30 @@ def representations(study, steps):
     -> X {name: (N, dx)}, Y (N, dy), episode (N,), held_out (N,) bool, group (N,) of the task
     steps  "single": z_t and a_t; "chunk": all n of both, from windows without padding
     """
-    splits, first, frames = (study.train, study.held_out), study.names[0], study.train["frame"]
+    splits = [{**split, **split["latents"]} for split in (study.train, study.held_out)]
     n = study.train["actions"].shape[1] if steps == "chunk" else 1
 
-    def join(values):
-        return np.concatenate([values(split)[~split["is_pad"][:, :n].any(1)] for split in splits])
+    def join(key):
+        return np.concatenate([split[key][~split["is_pad"][:, :n].any(1)] for split in splits])
 
-    held_out = join(lambda split: np.full(len(split["t"]), split is study.held_out))
-    X = {name: join(lambda split: split["latents"][name])[:, :n].reshape(len(held_out), -1)
-         for name in study.train["latents"]}
-    Y = join(lambda split: split["actions"])[:, :n].reshape(len(held_out), -1).astype(float)
+    episode, instruction = join("episode"), join("instruction_id")
+    held_out = np.isin(episode, study.held_out["episode"])
+    X = {name: join(name)[:, :n].reshape(len(episode), -1) for name in study.train["latents"]}
+    Y = join("actions")[:, :n].reshape(len(episode), -1).astype(float)
     # The frame and the time get as many columns as the latents, for a fair comparison. Frame: its principal
     # components. Time: one indicator per instruction (at most half of the columns), then cosines.
-    width = X[first].shape[1]
+    latents, frames = X[study.names[0]], study.train["frame"]
+    width = latents.shape[1]
     axes = np.linalg.eigh(np.cov(frames, rowvar=False))[1][:, ::-1][:, :width]        # (D, width)
-    X["frame"] = (join(lambda split: split["frame"]) - frames.mean(0)) @ axes
-    instruction = join(lambda split: split["instruction_id"])
+    X["frame"] = (join("frame") - frames.mean(0)) @ axes
     named = instruction[:, None] == np.arange(min(len(study.instructions) - 1, width // 2))
-    time, order = join(lambda split: split["t"])[:, None], np.arange(1, width - named.shape[1] + 1)
-    X["time"] = np.c_[named, np.cos(np.pi * order * time / (study.train["t"].max() + 1))]
+    order = np.arange(1, width - named.shape[1] + 1)
+    X["time"] = np.c_[named, np.cos(np.pi * order * join("t")[:, None] / (study.train["t"].max() + 1))]
     rng = np.random.default_rng(study.args.seed)
-    X["shuffled"] = np.concatenate([rng.permutation(X[first][half]) for half in (~held_out, held_out)])
+    X["shuffled"] = np.concatenate([rng.permutation(latents[half]) for half in (~held_out, held_out)])
     X["true actions"] = Y
-    groups = np.array([group_of(text) for text in study.instructions])
-    return X, Y, join(lambda split: split["episode"]), held_out, groups[instruction]
+    group = np.array([group_of(text) for text in study.instructions])[instruction]
+    return X, Y, episode, held_out, group
 
 
 # ---- 3 analyses ------------------------------------------------------------------------------------------
@@ -330,7 +329,7 @@ def analyse(X, Y, episode, held_out, seed):
         raise InputError(f"{fit.sum()} training windows, but {dx} + {dy} dimensions vary and more windows "
                          "than that are needed: raise --max-windows, or prepare more demonstrations")
     ridge = choose_ridge(X[fit], Y[fit], episode[fit])
-    A, B = cca_fit(np.cov(np.c_[X, Y][fit], rowvar=False, bias=True), dx, ridge)
+    A, B = cca_fit(X[fit], Y[fit], ridge)
     u, v, missing = X @ A, Y @ B, (0, dy - A.shape[1])
     samples = bootstrap(correlation, [u[held_out], v[held_out]], episode[held_out], seed)
     in_sample = correlation(np.ones((1, fit.sum())), u[fit], v[fit])[0]
@@ -445,7 +444,7 @@ def collapse(study):
     rows, ids = [], study.held_out["instruction_id"]
     for name, z in study.held_out["latents"].items():                                 # (N, n, Z)
         if z.std(0).max() < 1e-6:
-            study.notes.append(f"the latent actions of {name} are constant: nothing can be predicted from them")
+            study.notes.append(f"the latent actions of {name} are constant: they say nothing")
         flat = z.reshape(len(z), -1)
         between = sum((ids == i).sum() * (flat[ids == i].mean(0) - flat.mean(0)) ** 2 for i in np.unique(ids))
         rows.append({"latents": name, "std": float(z.std(0).mean(0).min()), "rank of z_t": rank(z[:, 0]),
@@ -474,9 +473,8 @@ def swap(study):
     if video is None:
         raise InputError("there are no video clips: the pretraining video is not here; --video names another")
     if latents == "true" or config["target"] in ("features", "flow") or not config["context_frame"]:
-        raise InputError("the world model must take latents, see the first frame and predict pixels; it has "
-                         f"--latents {latents}, --target {config['target']}, context frame "
-                         f"{config['context_frame']}")
+        raise InputError("the world model does not imagine pixels from latents and a first frame: this needs "
+                         "another --target or --latents, or --context-frame, in pretrain.py")
     world_model = WorldModel(config).to(study.device).eval()
     world_model.load_state_dict(study.checkpoint["world_model"])
     frames = torch.from_numpy(video["frames"]).to(study.device)                       # (B, n+1, 3V, H, W)
@@ -529,7 +527,7 @@ def pairs(study):
     Two motions agree if their directions differ by less than 60 degrees. Between robot clips the motion is
     the true displacement of the end effector, between robot and video the optical flow. Only clips that move
     more than 1 cm, or 2 pixels, count. "Any such pair" is the rate at which random pairs agree. The pictures
-    are evenly spaced over the clips, not selected. An arrow shows the optical flow, where the clip changes.
+    are evenly spaced over the clips, not selected. Arrows: where and how far a clip moves, by optical flow.
     Intervals: 95 % over the n episodes of the clips.
     """
     def latents(clips, name):                                                         # (N, d), standardised
@@ -692,9 +690,8 @@ def main(argv=None):
     shown = {name: models[name] for name in (args.checkpoint[0], "random 1")}
     video = clips and {"path": clips.path, **collect(shown, clips, args.clips, device, keep_frames=True)}
     action, instructions = data[0].attrs["action"], data[0].instructions
-    labels = [n if action["names"].count(n) == 1 else f"{n}{d}" for d, n in enumerate(action["names"])]
-    moves = {n: d for d, n in enumerate(labels) if train["actions"][:, 0, d].std() > 1e-6}
-    still = [n for n in labels if n not in moves]
+    moves = {name if action["names"].count(name) == 1 else f"{name}{d}": d
+             for d, name in enumerate(action["names"]) if train["actions"][:, 0, d].std() > 1e-6}
     groups = {}
     for text in instructions:
         groups.setdefault(group_of(text), []).append(text)
@@ -706,7 +703,7 @@ def main(argv=None):
     facts = "\n".join([
         *(f"policy       {path}, step {c['step']:,}, hash {file_hash(path)}"
           for path, c in zip(args.checkpoint, checkpoints)),
-        f"actions      {data[0].action_dim}; constant and left out: {', '.join(still) or 'none'}",
+        f"actions      {data[0].action_dim}; constant and left out: {data[0].action_dim - len(moves) or 'none'}",
         f"data         {args.data}, {data[0].stride} frames per latent action, hash {data[0].fingerprint}",
         *(f"{use:12s} {d.num_episodes} episodes, {len(split['t']):,} windows"
           for use, d, split in zip(("training", "held-out"), data, (train, held_out))),
