@@ -690,8 +690,9 @@ def main(argv=None):
     shown = {name: models[name] for name in (args.checkpoint[0], "random 1")}
     video = clips and {"path": clips.path, **collect(shown, clips, args.clips, device, keep_frames=True)}
     action, instructions = data[0].attrs["action"], data[0].instructions
-    moves = {name if action["names"].count(name) == 1 else f"{name}{d}": d
-             for d, name in enumerate(action["names"]) if train["actions"][:, 0, d].std() > 1e-6}
+    names = action["names"]
+    moves = {name if names.count(name) == 1 else f"{name}{d}": d
+             for d, name in enumerate(names) if train["actions"][:, 0, d].std() > 1e-6}
     groups = {}
     for text in instructions:
         groups.setdefault(group_of(text), []).append(text)
@@ -703,7 +704,7 @@ def main(argv=None):
     facts = "\n".join([
         *(f"policy       {path}, step {c['step']:,}, hash {file_hash(path)}"
           for path, c in zip(args.checkpoint, checkpoints)),
-        f"actions      {data[0].action_dim}; constant and left out: {data[0].action_dim - len(moves) or 'none'}",
+        f"actions      {len(names)}; constant and left out: {len(names) - len(moves) or 'none'}",
         f"data         {args.data}, {data[0].stride} frames per latent action, hash {data[0].fingerprint}",
         *(f"{use:12s} {d.num_episodes} episodes, {len(split['t']):,} windows"
           for use, d, split in zip(("training", "held-out"), data, (train, held_out))),
