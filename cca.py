@@ -326,8 +326,8 @@ def analyse(X, Y, episode, held_out, seed):
     X, Y = (M[:, M[fit].std(0) > 1e-6] for M in (X, Y))
     dx, dy = X.shape[1], Y.shape[1]
     if not dy or fit.sum() <= dx + dy:
-        raise InputError(f"{fit.sum()} training windows, but {dx} + {dy} dimensions vary and more windows "
-                         "than that are needed: raise --max-windows, or prepare more demonstrations")
+        raise InputError(f"{fit.sum()} training windows, but {dx} + {dy} dimensions that vary need more than "
+                         f"{dx + dy}: raise --max-windows, or prepare more demonstrations")
     ridge = choose_ridge(X[fit], Y[fit], episode[fit])
     A, B = cca_fit(X[fit], Y[fit], ridge)
     u, v, missing = X @ A, Y @ B, (0, dy - A.shape[1])
