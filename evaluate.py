@@ -11,8 +11,8 @@
     python evaluate.py --figure runs/*/eval_twin/results.json  # finished runs side by side: table, figure.png
     python evaluate.py --results runs/finetune/rollout_arm     # statistics of the real arm's episodes
 
-The outcome of an episode depends on the checkpoint, the task, the start and --seed alone. It does not depend
-on other episodes or on --workers: each worker process simulates, renders and runs its own copy of the
+With given settings, the outcome of an episode depends only on the checkpoint, the task, the start and --seed,
+not on other episodes or on --workers: each worker process simulates, renders and runs its own copy of the
 policy, one episode at a time. No training episode begins at any of these starts. A run writes to --out:
 
     episodes.jsonl   one line per finished episode; a stopped run loses only the episodes that were running
@@ -59,10 +59,10 @@ SMOKE = dict(episodes=2, max_steps=20, video=1, workers=1)
 
 @dataclass(frozen=True)
 class Benchmark:
-    """An environment, its tasks and their starts. Every worker process gets a pickled copy.
+    """An environment, its tasks and their starts. It is pickled for the worker processes.
 
-    An environment has max_steps, reset(task, start) -> obs, step(action, look) -> obs (None unless look),
-    done, success, and render(camera, size) -> (H, W, 3) uint8 RGB.
+    An environment has max_steps; reset(task, start) -> obs; step(action, look) -> obs (None unless look),
+    done, success; render(camera, size) -> (H, W, 3) uint8 RGB.
     """
     make: Callable          # (cameras=, image_size=) -> environment; with cameras = () it renders nothing
     tasks: dict             # name -> wordings of the instruction, the usual one first
@@ -184,21 +184,24 @@ CONTROLS = ("noop", "random", "expert")
 
 
 class Arm:
-    """One arm of the comparison. name: path of a finetuned checkpoint, or noop, random, expert. key: what
-    names the arm in episodes.jsonl."""
+    """One arm of the comparison: a policy or a control.
+
+    name: path of a finetuned checkpoint, or one of CONTROLS. key: its name in episodes.jsonl; of a checkpoint
+    the hash of the file, because a path does not tell two training runs apart. label: its name in tables.
+    """
 
     def __init__(self, name, device="cpu"):
         self.key = self.label = name
         self.policy, self.checkpoint = None, {"data": {}}
         if name not in CONTROLS:
             self.policy, self.checkpoint = load_policy(name, device, stage="finetune")
-            self.key = file_hash(name)      # the path does not tell two training runs apart
+            self.key = file_hash(name)
         self.data = self.checkpoint["data"]
 
 
 def make_chunker(args, policy):
-    """Executes --execute actions per observation, by default the policy's own number. 0: temporal
-    ensembling. A control acts at every step."""
+    """-> ActionChunker that executes --execute actions per observation (0: temporal ensembling; default: the
+    policy's own number). A control (policy None) acts at every step."""
     if not policy:
         return ActionChunker(1, execute=1)
     execute = min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute
@@ -215,12 +218,14 @@ def control(name, bench, env, start, rng):
 # ---- playing episodes ------------------------------------------------------------------------------------
 
 
-opened = {}                     # {key of an arm: the Arm, its environment}, of this process
+opened = {}     # key of an arm -> the Arm and its environment, in this process; main() empties it
 
 
 def play(bench, args, labels, job):
-    """One episode -> its line for episodes.jsonl. job: key of an arm, task, start. labels: {key: label} of
-    all arms; the first one is filmed."""
+    """Plays one episode. -> its line for episodes.jsonl
+
+    job: key of an arm, task, start. labels: {key: label} of all arms; only the first arm is filmed.
+    """
     began, (key, task, start) = time.perf_counter(), job
     if key not in opened:
         arm = Arm(labels[key], args.device)
@@ -301,9 +306,9 @@ def mcnemar(first, second):
 
 
 def report(out, lines, pair, about):
-    """Prints the success rates and writes them, with `about`, to out/results.json.
+    """Prints the success rates and writes them to out/results.json.
 
-    lines: of episodes.jsonl. pair: keys of two arms to compare, or ().
+    lines: of episodes.jsonl. pair: keys of two arms to compare, or (). about: more entries of results.json.
     """
     rows, arms = [("policy", "task", "success", "rate (%)", "Wilson 95 %")], {}
     for key in dict.fromkeys(line["arm"] for line in lines):
@@ -333,13 +338,15 @@ def report(out, lines, pair, about):
 
 def report_folder(folder):
     """--results: statistics of the episodes.jsonl that this script or `robot.py rollout` wrote."""
-    lines = list(read_episodes(folder).values())
+    path = folder / "results.json"      # if the run was complete, its settings are kept
+    about = read_json(path) if path.exists() else {}
+    # Workers finish in any order, so another arm's line may come first: begin with the arm of --checkpoint.
+    lines = sorted(read_episodes(folder).values(), key=lambda line: line["arm"] != about.get("hash"))
     if not lines:
         raise InputError(f"{folder}/episodes.jsonl has no finished episode: give a folder that evaluate.py "
                          "or `robot.py rollout` wrote")
     policies = list(dict.fromkeys(line["arm"] for line in lines if line["arm"] not in CONTROLS))
-    path = folder / "results.json"      # if the run was complete, its settings are kept
-    report(folder, lines, policies if len(policies) == 2 else (), read_json(path) if path.exists() else {})
+    report(folder, lines, policies if len(policies) == 2 else (), about)
     print(f"aborted      {sum(bool(line.get('aborted')) for line in lines)} episodes; they count as failures")
 
 
@@ -355,18 +362,19 @@ PAPER = (("paper: BAKU from scratch", 94, 100, 96, 92, 91.4),
 def paper_table(out, arm, settings):
     """The paper's Table I with a row for our policy: this suite, and other suites that the same checkpoint
     played with the same settings, from the folders beside `out`. Incomplete suites are marked."""
-    cells = []
+    ours = [arm.label]
     for suite in LIBERO_STEPS:
         path = (out if suite == settings["env"] else out.parent / f"eval_{suite}") / "results.json"
         results = read_json(path) if path.exists() else {}
-        cells.append("not run")     # or with another checkpoint, other settings, or shortened episodes
-        ours = results.get("arms", {}).get(arm.key)
-        if ours and results["settings"] == settings | {"env": suite} and settings["max_steps"] is None:
+        rates = results.get("arms", {}).get(arm.key)
+        cell = "not run"            # or with another checkpoint, other settings, or shortened episodes
+        if rates and results["settings"] == settings | {"env": suite} and settings["max_steps"] is None:
             done, there = results["tasks"]
-            count, rate, interval = percent(ours["overall"], 1)
-            cells[-1] = f"{rate} {interval}, {count}" + f" ({done} of {there} tasks)" * (done < there)
+            count, rate, interval = percent(rates["overall"], 1)
+            cell = f"{rate} {interval}, {count}" + f" ({done} of {there} tasks)" * (done < there)
+        ours.append(cell)
     theirs = [(name, *("–" if x is None else f"{x:g}" for x in rates)) for name, *rates in PAPER]
-    return markdown_table([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, (arm.label, *cells)])
+    return markdown_table([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, ours])
 
 
 def draw_figure(args):
@@ -495,7 +503,7 @@ def main(argv=None):
     origin = provenance()
 
     # ---- arms, starts, settings ----
-    names = [args.checkpoint, *[args.compare] * bool(args.compare)]
+    names = [name for name in (args.checkpoint, args.compare) if name is not None]
     names += [name for name in ("noop", "random") if args.controls and name not in names]
     arms = {arm.key: arm for arm in map(Arm, names)}
     if len(arms) < len(names):
