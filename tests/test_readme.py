@@ -1,5 +1,6 @@
 """The README stays true: its commands parse, its names exist, and its metrics are those that are logged."""
 import ast
+import graphlib
 import re
 import shlex
 from pathlib import Path
@@ -18,7 +19,7 @@ from prepare_data import EpisodeDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
 PARSERS = {"prepare_data.py": lambda argv: prepare_data.build_parser("--smoke" in argv).parse_args(argv),
            "pretrain.py": pretrain.arguments, "finetune.py": finetune.arguments,
            "evaluate.py": evaluate.arguments, "cca.py": cca.arguments,
@@ -35,22 +36,12 @@ def commands(text):
                 yield words[words.index("python") + 1:]
 
 
-def shell_blocks():
-    return "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+DOCSTRINGS = "\n".join(re.findall(r"^    python .*", "\n".join(
+    ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS), re.M))
 
 
-def test_every_picture_of_the_readme_is_here():
-    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
-    assert pictures and all((ROOT / picture).stat().st_size > 5000 for picture in pictures)
-
-
-def docstring_commands():
-    for path in SCRIPTS:
-        doc = ast.get_docstring(ast.parse(path.read_text()))
-        yield from commands("\n".join(line for line in doc.splitlines() if line.startswith("    python ")))
-
-
-@pytest.mark.parametrize("words", [*commands(shell_blocks()), *docstring_commands()], ids=" ".join)
+@pytest.mark.parametrize("words", [*commands(f"{SHELL}\n{DOCSTRINGS}")], ids=" ".join)
 def test_every_command_in_the_readme_and_the_docstrings_parses(words):
     script, *argv = words
     assert (ROOT / script).exists()
@@ -66,24 +57,18 @@ IMPORTS = {"models": set(), "robot": {"models"}, "prepare_data": {"models", "rob
 def test_scripts_import_each_other_at_the_top_and_without_a_circle(capsys):
     """Every import counts, also one inside a function. The graph is printed, also without -s."""
     for path in SCRIPTS:
-        module = ast.parse(path.read_text())
-        siblings, lazy = set(), set()
+        module, siblings = ast.parse(path.read_text()), set()
         for node in ast.walk(module):
             names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
                      else [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in set(names) & set(IMPORTS):
-                siblings.add(name)
-                if node not in module.body:
-                    lazy.add(f"{name} in line {node.lineno}")
+            local = set(names) & set(IMPORTS)
+            assert not local or node in module.body, (
+                f"{path.name} imports {local} inside a function or a branch, line {node.lineno}")
+            siblings |= local
         with capsys.disabled():
             print(f"\n{path.stem:12s} <- {', '.join(sorted(siblings)) or 'nothing local'}", end="")
-        assert not lazy, f"{path.name} imports {lazy} inside a function or a branch"
         assert siblings == IMPORTS[path.stem], f"{path.name} imports {siblings}: is that meant?"
-    order = []                                                  # a topological order exists: no circle
-    while len(order) < len(IMPORTS):
-        free = [name for name, needs in IMPORTS.items() if name not in order and needs <= set(order)]
-        assert free, f"import circle among {set(IMPORTS) - set(order)}"
-        order += free
+    graphlib.TopologicalSorter(IMPORTS).prepare()                                # CycleError for a circle
 
 
 def test_every_name_in_the_symbol_table_exists():
@@ -98,16 +83,22 @@ def test_every_name_in_the_symbol_table_exists():
         assert f"(Eq. {number})" in code, f"no line of the code is marked as (Eq. {number})"
 
 
-def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged(data, tmp_path):
-    common = ["--smoke", "--device", "cpu"]
-    pretrain.main([*common, "--data", data.video, "--probe-data", data.robot, "--out", str(tmp_path / "a")])
-    finetune.main([*common, "--data", data.robot, "--init", str(tmp_path / "a" / "last.pt"),
-                   "--out", str(tmp_path / "b")])
-    pretrain.main([*common, "--data", data.robot, "--probe-data", "none", "--out", str(tmp_path / "c"),
-                   "--policy", "act", "--latent-source", "inverse"])
-    finetune.main([*common, "--data", data.robot, "--init", "scratch", "--policy", "act",
-                   "--out", str(tmp_path / "d")])
-    logged = {name for run in "abcd" for line in metrics(tmp_path / run) for name in line} - {"step"}
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Run folders that together log every metric. finetune is the README's default run."""
+    root = tmp_path_factory.mktemp("smoke") / "runs"
+    for stage, name, flags in (
+            (pretrain, "pretrain", ["--data", data.video, "--probe-data", data.robot]),
+            (finetune, "finetune", ["--data", data.robot, "--init", str(root / "pretrain" / "last.pt")]),
+            (pretrain, "inverse", ["--data", data.robot, "--probe-data", "none", "--policy", "act",
+                                   "--latent-source", "inverse"]),
+            (finetune, "act", ["--data", data.robot, "--init", "scratch", "--policy", "act"])):
+        stage.main(["--smoke", "--device", "cpu", "--out", str(root / name), *flags])
+    return root
+
+
+def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged(runs):
+    logged = {name for run in runs.iterdir() for line in metrics(run) for name in line} - {"step"}
     table = README.split("## Logged metrics")[1].split("\n## ")[0]
     described = set()
     for cell in re.findall(r"^\| (`.*?) \|", table, re.M):
@@ -119,13 +110,11 @@ def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged
                                  f"only in the README: {described - logged}")
 
 
-def test_load_observe_act_runs_as_the_readme_has_it(data, tmp_path, monkeypatch):
+def test_load_observe_act_runs_as_the_readme_has_it(data, runs, monkeypatch):
     """A finetuned policy drives somebody's own robot with the README's lines alone."""
-    finetune.main(["--smoke", "--data", data.robot, "--init", "scratch",
-                   "--out", str(tmp_path / "runs/finetune")])
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S)
                 if "read_cameras()" in block)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(runs.parent)
     sent, image = [], np.zeros((32, 32, 3), np.uint8)
     exec(code, {"read_cameras": lambda: {"front": image, "side": image}, "read_state": lambda: np.zeros(7),
                 "send": sent.append})
@@ -133,8 +122,10 @@ def test_load_observe_act_runs_as_the_readme_has_it(data, tmp_path, monkeypatch)
     assert len(sent) == 200 and all(((low - 1e-5 <= a) & (a <= high + 1e-5)).all() for a in sent)
 
 
-def test_the_readme_is_finished_and_smoke_data_are_enough_for_every_stage():
+def test_the_readme_is_finished_its_pictures_are_here_and_smoke_data_are_enough_for_every_stage():
     assert "@@" not in README
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
+    assert pictures and all((ROOT / picture).stat().st_size > 5000 for picture in pictures)
     assert prepare_data.SMOKE["demos_per_task"] >= 20, "cca.py needs two held-out episodes: one in ten"
 
 
