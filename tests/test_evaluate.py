@@ -160,27 +160,16 @@ def test_results_are_neither_mixed_nor_overwritten_unless_asked(tmp_path):
 
 
 def test_a_rollout_looks_at_the_newest_frame_and_executes_a_chunk_in_order():
-    looks, asked = [], []
+    env, looks, asked = FakeEnv((), 16), [], []
+    env.observe = lambda: looks.append(env.steps) or env.steps
 
-    class Recorder:
-        max_steps = 7
-
-        def reset(self, task, start):
-            self.t = -1
-            return self.step(None)[0]
-
-        def step(self, action, look=True):
-            self.t += 1
-            looks.extend([self.t] * look)
-            return self.t if look else None, False, False
-
-    def policy_fn(t):                   # action k of the chunk of step t is t + k / 10
+    def policy_fn(t):                   # action k of the chunk of step t moves by -(t + k / 10)
         asked.append(t)
-        return t + np.arange(4)[:, None] / 10 * np.ones(7)
+        return -(t + np.arange(4)[:, None] / 10) * np.ones(7)
 
-    success, actions = evaluate.rollout(Recorder(), policy_fn, ActionChunker(4, execute=3), "push", 1)
+    success, actions = evaluate.rollout(env, policy_fn, ActionChunker(4, execute=3), "push", 1, max_steps=7)
     assert asked == looks == [0, 3, 6] and not success           # rendered only where it is looked at
-    assert np.allclose(actions[:, 0], [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
+    assert np.allclose(-actions[:, 0], [0, 0.1, 0.2, 3, 3.1, 3.2, 6])
 
 
 def test_a_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
@@ -342,18 +331,18 @@ def test_the_papers_table_takes_only_comparable_results_as_ours(tmp_path):
 
 
 def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsys):
-    for name, seed in (("one", 0), ("two", 1)):
-        checkpoint = write_checkpoint(tmp_path / f"{name}.pt", seed)
-        run(tmp_path / name / "eval_fake", "--checkpoint", checkpoint, "--episodes", "3", "--no-controls")
+    names = ["random", "noop"]
+    for name in names:
+        run(tmp_path / name / "eval_fake", "--checkpoint", name, "--episodes", "3", "--no-controls")
     capsys.readouterr()
-    files = [str(tmp_path / name / "eval_fake" / "results.json") for name in ("two", "one")]
+    files = [str(tmp_path / name / "eval_fake" / "results.json") for name in names]
     evaluate.main(["--figure", *files, "--out", str(tmp_path)])
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:4]] == ["two", "one"] and "/6" in rows[2]
+    assert [row.split("|")[1].strip() for row in rows[2:4]] == names and "/9" in rows[2]
     assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
     (tmp_path / "list.json").write_text("[]")
     for file, out, words in ((files[0], tmp_path, "--overwrite"),
-                             (tmp_path / "one.pt", tmp_path / "new", "not a results"),
+                             (tmp_path / "figure.png", tmp_path / "new", "not a results"),
                              (tmp_path / "list.json", tmp_path / "new", "not a results")):
         with pytest.raises(InputError, match=words):
             evaluate.main(["--figure", str(file), "--out", str(out)])
