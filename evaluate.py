@@ -338,7 +338,7 @@ def report(out, lines, pair, about):
 
 def report_folder(folder):
     """--results: statistics of the episodes.jsonl that this script or `robot.py rollout` wrote."""
-    path = folder / "results.json"      # if the run was complete, its settings are kept
+    path = folder / "results.json"      # of a complete run: its settings and its comparison are kept
     about = read_json(path) if path.exists() else {}
     # Workers finish in any order, so another arm's line may come first: begin with the arm of --checkpoint.
     lines = sorted(read_episodes(folder).values(), key=lambda line: line["arm"] != about.get("hash"))
@@ -346,7 +346,8 @@ def report_folder(folder):
         raise InputError(f"{folder}/episodes.jsonl has no finished episode: give a folder that evaluate.py "
                          "or `robot.py rollout` wrote")
     policies = list(dict.fromkeys(line["arm"] for line in lines if line["arm"] not in CONTROLS))
-    report(folder, lines, policies if len(policies) == 2 else (), about)
+    pair = (about.get("comparison") or {"arms": policies})["arms"]
+    report(folder, lines, pair if len(pair) == 2 else (), about)
     print(f"aborted      {sum(bool(line.get('aborted')) for line in lines)} episodes; they count as failures")
 
 

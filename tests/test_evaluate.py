@@ -269,14 +269,17 @@ def test_the_wilson_interval_is_the_closed_form_and_mcnemar_counts_only_pairs_th
     assert evaluate.mcnemar(second, second)["p_value"] == 1
 
 
-def test_two_policies_play_the_same_starts_and_results_of_a_folder_are_those_of_the_run(tmp_path, capsys):
+@pytest.mark.parametrize("other", ["policy", "random"])
+def test_two_arms_play_the_same_starts_and_results_of_a_folder_are_those_of_the_run(tmp_path, capsys, other):
     names = [write_checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (0, 1)]
+    names[1] = names[1] if other == "policy" else other
     results, episodes = run(tmp_path / "out", "--checkpoint", names[0], "--compare", names[1],
                             "--episodes", "6")
     keys = [evaluate.Arm(name).key for name in names]
     outcomes = [{x[1:]: success for x, (success, *_) in episodes.items() if x[0] == key} for key in keys]
     test = {"arms": keys, **evaluate.mcnemar(*outcomes)}
-    assert len(results["arms"]) == 4 and results["comparison"] == test and test["n"] == 12
+    assert {*keys, "noop", "random"} == set(results["arms"]) and test["n"] == 12
+    assert results["comparison"] == test
     path = tmp_path / "out" / "episodes.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))    # as workers may end
     evaluate.main(["--results", str(path.parent)])
