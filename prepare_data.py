@@ -41,6 +41,7 @@ source has its own section: read only the one that you need.
 """
 import argparse
 import atexit
+import bisect
 import collections
 import csv
 import datetime
@@ -133,7 +134,7 @@ def drawn(name, args):
     """Whether --fraction includes this item. The choice depends on its name and --seed alone, so a larger
     fraction contains a smaller one, and a missing file does not change the choice of the others.
     UPSTREAM: the release takes the first 10,000 files in lexicographic order."""
-    digest = hashlib.sha256(f"{args.seed}/{name}".encode("utf-8", "backslashreplace")).hexdigest()
+    digest = hashlib.sha256(f"{args.seed}/{name}".encode()).hexdigest()
     return int(digest[:12], 16) < args.fraction * 16 ** 12
 
 
@@ -208,18 +209,19 @@ def to_jpegs(frames, args):
     return jpegs
 
 
-def check_length(count, args):
-    """Reject an episode of fewer than --min-frames frames."""
-    if count < args.min_frames:
-        raise Reject("too short", f"{count} frames, --min-frames {args.min_frames}")
+def read_images(files, args, flip=np.s_[:]):
+    """Contents of JPEG or PNG files -> JPEGs of args.image_size pixels."""
+    return to_jpegs((decode_image(data, args.image_size)[flip] for data in files), args)
 
 
 # ---- videos ------------------------------------------------------------------------------------------------
 
 def open_video(path):
-    """-> PyAV container, closed by `with`. Reject a missing file; av.FFmpegError if it is not a video."""
+    """-> PyAV container, closed by `with`. Reject a missing or empty file; av.FFmpegError if it is no video."""
     if not os.path.exists(path):
         raise Reject("missing file", path)
+    if not os.path.getsize(path):
+        raise Reject("empty file")
     container = av.open(path)
     if not container.streams.video:
         raise Reject("not a video", "it has no video stream")
@@ -278,11 +280,6 @@ def to_bgr(frames):
         yield np.rot90(bgr, frame.rotation // 90)
 
 
-def read_images(files, args, flip=np.s_[:]):
-    """Contents of JPEG or PNG files -> JPEGs of args.image_size pixels."""
-    return to_jpegs((decode_image(data, args.image_size)[flip] for data in files), args)
-
-
 def read_video(path, instructions, args, start=None, end=None):
     """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of the time has frames.
 
@@ -290,8 +287,6 @@ def read_video(path, instructions, args, start=None, end=None):
     in the header. Damage inside a file is found where the codec detects it: in H.264 and AV1, but hardly ever
     in VP8 and VP9.
     """
-    if os.path.exists(path) and not os.path.getsize(path):
-        raise Reject("empty file")
     try:
         container = open_video(path)
     except av.InvalidDataError as error:
@@ -309,7 +304,6 @@ def read_video(path, instructions, args, start=None, end=None):
     expected = float(length if start is None else end - start) * fps
     if len(jpegs) < 0.9 * expected:
         raise Reject("truncated", f"{len(jpegs)} of {expected:.0f} frames decode")
-    check_length(len(jpegs), args)
     return {"images": {VIDEO_CAMERA: jpegs}, "instructions": instructions, "fps": fps}
 
 
@@ -340,9 +334,7 @@ def ssv2_episodes(args):
                          f"archive's parts if they are zipped, then cat {SSV2_CLIPS}-?? | tar zx")
     print(f"{len(labels)} labelled clips (Something-Something v2: 168,913 train, 24,777 validation)")
     for clip in sorted(labels, key=natural):
-        if drawn(clip, args):
-            path = clips.get(clip, f"{clip}.webm")
-            yield clip, functools.partial(read_video, path, [labels[clip]], args)
+        yield clip, functools.partial(read_video, clips.get(clip, f"{clip}.webm"), [labels[clip]], args)
 
 
 # ---- source: a folder of videos ----------------------------------------------------------------------------
@@ -366,9 +358,8 @@ def videos_episodes(args):
     print(f"{len(clips)} clips, {empty} have no instruction")
     for file, start, end in sorted(clips, key=lambda clip: (natural(clip[0]), clip[1] or 0, clip[2] or 0)):
         name = file if start is None else f"{file}@{start:.12g}-{end:.12g}"
-        if drawn(name, args):
-            path = os.path.join(args.input, file)
-            yield name, functools.partial(read_video, path, clips[file, start, end], args, start, end)
+        path = os.path.join(args.input, file)
+        yield name, functools.partial(read_video, path, clips[file, start, end], args, start, end)
 
 
 def read_captions(path, files, folder):
@@ -429,8 +420,7 @@ def bridge_episodes(args):
                          "it, as in demos_8_17.zip or what it unpacks to")
     print(f"{len(found)} trajectories (all of BridgeData V2: 60,096 = 50,365 demonstrations, 9,731 scripted)")
     for name in sorted(found, key=natural):
-        if drawn(name, args):
-            yield name, functools.partial(bridge_episode, name, found[name], args)
+        yield name, functools.partial(bridge_episode, name, found[name], args)
 
 
 def tree_trajectories(root):
@@ -530,7 +520,6 @@ def bridge_episode(name, files, args):
     T = len(actions) + 1
     if len(state) != T:
         raise Reject("state count", f"{len(state)} rows of full_state, {T} images")
-    check_length(T, args)
     images = {camera: read_images((read_bytes(files[name]) for name in names), args)
               for camera, names in frames.items()}
     return {"images": images, "instructions": bridge_annotations(files), "fps": BRIDGE_HZ, "actions": actions,
@@ -652,8 +641,7 @@ def libero_episodes(args):
         if not keys:
             yield name, functools.partial(Reject, "not LIBERO's layout", "no /data/demo_*")
         for key in keys:
-            if drawn(f"{name}/{key}", args):
-                yield f"{name}/{key}", functools.partial(libero_demo, path, key, args)
+            yield f"{name}/{key}", functools.partial(libero_demo, path, key, args)
 
 
 def libero_instructions(attrs, path):
@@ -696,7 +684,6 @@ def libero_demo(path, key, args):
         kept = np.append(~still, True)                                   # the last image stays
         actions, proprio = actions[~still], proprio[kept]
         images = {camera: itertools.compress(frames, kept) for camera, frames in images.items()}
-    check_length(len(proprio), args)
     jpegs = {camera: to_jpegs((frame[..., ::-1] for frame in frames), args)
              for camera, frames in images.items()}
     return {"images": jpegs, "instructions": instructions, "fps": LIBERO_HZ, "actions": actions,
@@ -924,8 +911,7 @@ def lerobot_episodes(args):
     if len(rows) != info.get("total_episodes", len(rows)):
         print(f"meta/episodes has {len(rows)} episodes, info.json says {info['total_episodes']}")
     for index in sorted(rows):
-        if drawn(str(index), args):
-            yield f"episode-{index:06d}", functools.partial(lerobot_episode, rows[index], keys, info, args)
+        yield f"episode-{index:06d}", functools.partial(lerobot_episode, rows[index], keys, info, args)
 
 
 def lerobot_info(folder):
@@ -989,7 +975,6 @@ def lerobot_episode(row, keys, info, args):
         raise Reject("damaged table", f"{place}: {one_line(error)}") from None
     if table["frame_index"].to_pylist() != list(range(T)):
         raise Reject("missing frames", f"{len(table)} rows in {place}, the episode has {T} frames")
-    check_length(T, args)
     table = {key: table[key].to_pylist() for key in [*wanted, *stored]}
     changes = np.flatnonzero(np.diff(table.get("task_index", [0])))
     if len(changes):                                 # the format does not say which frames a text is about
@@ -1030,9 +1015,8 @@ def realman_episodes(args):
     """Takes <task>-<start>.h5 of a folder: T full-size JPEGs per camera, T-1 executed actions, T states."""
     cameras = realman_takes(args)["cameras"]
     for name in find_files(args.input, ".h5"):
-        if drawn(name, args):
-            path = os.path.join(args.input, name)
-            yield name.removesuffix(".h5"), functools.partial(realman_take, path, cameras, args)
+        path = os.path.join(args.input, name)
+        yield name.removesuffix(".h5"), functools.partial(realman_take, path, cameras, args)
 
 
 def realman_take(path, cameras, args):
@@ -1040,7 +1024,6 @@ def realman_take(path, cameras, args):
     with h5py.File(path, "r") as f:
         images = {camera: read_images((jpeg.tobytes() for jpeg in f[f"images/{camera}"]), args)
                   for camera in cameras}
-        check_length(len(images[cameras[0]]), args)
         return {"images": images, "instructions": [f.attrs["instruction"]], "fps": f.attrs["fps"],
                 "actions": f["actions"][:], "proprio": f["proprio"][:]}
 
@@ -1048,7 +1031,7 @@ def realman_take(path, cameras, args):
 # ---- source: the table-top twin ----------------------------------------------------------------------------
 
 TRIES = 5                 # starts that one demonstration may take: the expert fails now and then
-SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 20, "hand_videos_per_task": 12}
+SMOKE = {"tasks": ["stack_cups"], "demos_per_task": 20, "hand_videos_per_task": 12, "workers": 1}
 HAND_SEED0 = 500_000      # the robot's starts are seeds below it, the hand's from it to robot.EVAL_SEED0
 HAND_SIZE = (120, 212)    # (H, W) of the hand videos: Something-Something's shape at half its size
 HAND_FPS = 10             # Something-Something has 12; 10 divides the 20 Hz of control: motion stays even
@@ -1170,8 +1153,8 @@ def vector(names, units, frame, gripper, delta=None):
 
 
 def words(text):
-    """Comma-separated words -> list."""
-    return [word.strip() for word in text.split(",")]
+    """Comma-separated words -> list, each one once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 CHANGES = [True] * 6 + [False]           # the canonical action: six changes per step, the gripper's target
@@ -1300,6 +1283,8 @@ def convert(args):
     """Convert one source to one dataset, or --check it. -> share of rejected items. InputError, OSError."""
     source = SOURCES[args.source]
     items = [(name.encode("utf-8", "backslashreplace").decode(), job) for name, job in source.episodes(args)]
+    if "fraction" in args:
+        items = [(name, job) for name, job in items if drawn(name, args)]
     if not items:
         raise InputError(f"{args.source}: nothing to convert with these arguments (is --fraction too small?)")
     about = source.about(args) if callable(source.about) else source.about
@@ -1563,6 +1548,12 @@ class EpisodeDataset(torch.utils.data.Dataset):
         rows = np.concatenate(rows)
         return {"min": rows.min(0), "max": rows.max(0)}
 
+    def traits(self):
+        """-> {name: value} of all that datasets must have in common to be mixed."""
+        vectors = {key: self.attrs[key.removesuffix("s")] for key in self.labels}
+        return {"image_size": self.image_size, "number of cameras": len(self.cameras),
+                **{f"{what} of {key}": value for key in vectors for what, value in vectors[key].items()}}
+
     def _merge(self, actions):
         """(..., s, A) actions of s steps -> (..., A): the sum of changes, the last of the other numbers."""
         return np.where(self.attrs["action"]["delta"], actions.sum(-2), actions[..., -1, :])
@@ -1615,7 +1606,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return item
 
 
-class Mixture(torch.utils.data.Dataset):
+class Mixture(torch.utils.data.ConcatDataset):
     """Windows of one or several datasets; the training scripts draw from it.
 
     paths    folders made by prepare_data.py, of one image size
@@ -1637,19 +1628,17 @@ class Mixture(torch.utils.data.Dataset):
             raise InputError(f"--weights {' '.join(map(str, weights))}: expected 0 or more each, not all 0")
         self.parts = [EpisodeDataset(path, chunk, stride=stride, **rest)
                       for path, stride in zip(paths, strides)]
+        super().__init__(self.parts)
         first = self.parts[0]
+        mine = first.traits()
         for part in self.parts[1:]:
-            for what, mine, its in [
-                    *((key, getattr(part, key), getattr(first, key))
-                      for key in ("image_size", "action_dim", "proprio_dim")),
-                    ("number of cameras", len(part.cameras), len(first.cameras)),
-                    *((f"names, units, frame or gripper of {key}", part.attrs[key], first.attrs[key])
-                      for key in (label.removesuffix("s") for label in first.labels))]:
-                if mine != its:
-                    raise InputError(f"{part.path} and {first.path} differ in {what} ({str(mine)[:60]}, "
-                                     f"{str(its)[:60]}): mix datasets that agree")
+            its = part.traits()
+            for what in sorted(mine.keys() | its.keys()):
+                if mine.get(what) != its.get(what):
+                    raise InputError(f"{part.path} and {first.path} differ in {what} ({its.get(what)}, "
+                                     f"{mine.get(what)}): mix datasets that agree")
         self.weights = None if weights is None else np.array(weights) / sum(weights)
-        self._starts = np.cumsum([0] + [len(part) for part in self.parts])
+        self._starts = np.array([0, *self.cumulative_sizes])
         self._first_episode = np.cumsum([0] + [len(part.lengths) for part in self.parts])
         self.chunk, self.cameras, self.image_size = chunk, first.cameras, first.image_size
         self.action_dim, self.proprio_dim = first.action_dim, first.proprio_dim
@@ -1686,12 +1675,8 @@ class Mixture(torch.utils.data.Dataset):
 
     spaced = EpisodeDataset.spaced
 
-    def __len__(self):
-        return int(self._starts[-1])
-
     def __getitem__(self, index):
-        k = int(np.searchsorted(self._starts, index, side="right")) - 1
-        item = self.parts[k][int(index - self._starts[k])]
+        item, k = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
         item["obs"]["images"] = dict(zip(self.cameras, item["obs"]["images"].values()))
         return {**item, "episode": item["episode"] + int(self._first_episode[k]),
                 "instruction_id": self._ids[item["obs"]["instruction"]]}
@@ -1792,9 +1777,6 @@ def main(argv=None):
             at_least(args, low, name)
     if not 0 < getattr(args, "fraction", 1) <= 1:
         raise InputError(f"--fraction {args.fraction}: expected a share above 0, 1 for all")
-    cameras = getattr(args, "cameras", None) or []
-    if len(set(cameras)) < len(cameras) or "" in cameras:
-        raise InputError(f"--cameras {','.join(cameras)}: expected different names")
     rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
         done = "nothing was written" if args.check else "the dataset is written"
