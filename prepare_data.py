@@ -1121,7 +1121,7 @@ def film_twin(args):
     """sim: demonstrations into OUT/robot, hand videos into OUT/hand_videos and, read back, into OUT/hand."""
     places = {name: os.path.join(args.out, name) for name in ("robot", "hand_videos", "hand")}
     for place in places.values():
-        check_output(place, args)             # before the first hour of filming, not after it
+        check_output(place, args)             # now, not after an hour of filming
     rejected, robot_args = 0.0, argparse.Namespace(**{**vars(args), "out": places["robot"]})
     del robot_args.hand_videos_per_task       # does not change the demonstrations: --resume may change it
     if args.demos_per_task:
@@ -1237,39 +1237,37 @@ def run_job(job):
         return Reject("damaged video" if isinstance(error, av.FFmpegError) else "unreadable", one_line(error))
 
 
+def use_one_thread():
+    """OpenCV and torch compute in one thread: parallelism comes from the processes."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
 def start_worker():
     """Set up a worker process: the parent handles Ctrl-C, and the worker exits when its parent is killed."""
+    use_one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def single_threaded(run, job):
-    """run(job) with one thread: parallelism comes from the processes."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    return run(job)
-
-
 def run_jobs(jobs, workers, run=run_job, in_order=True):
     """Yield run(job) of each job, from `workers` processes; 1: from this process. InputError when a process
-    is killed. In order, only a few jobs run ahead, which bounds the memory."""
-    workers, run = min(workers, len(jobs)), functools.partial(single_threaded, run)
-    if workers <= 1:
+    is killed. Only a few jobs run ahead, which bounds the memory."""
+    if min(workers, len(jobs)) <= 1:
+        use_one_thread()
         yield from map(run, jobs)
         return
     context = multiprocessing.get_context("spawn")       # a fork would share OpenGL and the threads of torch
-    pool, waiting = ProcessPoolExecutor(workers, context, start_worker), collections.deque()
+    pool, jobs, ahead = ProcessPoolExecutor(workers, context, start_worker), iter(jobs), []
     try:
-        if not in_order:
-            yield from (done.result() for done in as_completed([pool.submit(run, job) for job in jobs]))
-            return
-        for job in jobs:
-            waiting.append(pool.submit(run, job))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        while True:
+            ahead += [pool.submit(run, job) for job in itertools.islice(jobs, 3 * workers - len(ahead))]
+            if not ahead:
+                return
+            done = ahead[0] if in_order else next(as_completed(ahead))
+            ahead.remove(done)
+            yield done.result()
     except BrokenProcessPool:
         raise InputError("a worker process was killed: if memory ran out, use fewer --workers. Finished "
                          "work is kept; continue with --resume") from None
