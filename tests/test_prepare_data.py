@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -22,28 +23,25 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
+from dirty_data import SIZE, picture, read_picture  # noqa: E402
 from models import InputError  # noqa: E402
 from prepare_data import EpisodeDataset, Reject, Source, main  # noqa: E402
 
-SIZE, CAMERAS = 32, ["front", "side"]
+CAMERAS = ["front", "side"]
 LENGTHS = [4, 15, 9, 2, 12, 7, 11, 5, 20, 6]  # frames of episode e; episode 3 has a single window
 TASKS = ["push the box", "lift the box"]
 
 
-# ---- a video that counts its frames ------------------------------------------------------------------------
+# ---- a source whose frames count ---------------------------------------------------------------------------
 
 def counting_frame(episode, frame, camera):
-    """(SIZE, SIZE, 3) uint8: 16 blocks of 8 x 8 pixels are 16 bits, so that JPEG cannot blur the number."""
-    number = frame + 64 * episode + 8192 * CAMERAS.index(camera)
-    bits = np.array([number >> i & 1 for i in range(16)], np.uint8).reshape(4, 4)
-    return np.repeat(np.kron(bits * 200 + 20, np.ones((8, 8), np.uint8))[..., None], 3, axis=2)
+    return picture(episode + 100 * CAMERAS.index(camera), frame, SIZE, SIZE)
 
 
 def read_number(frame):
     """(3, H, W) -> (episode, frame, camera) as counting_frame drew them."""
-    blocks = np.asarray(frame).reshape(3, 4, SIZE // 4, 4, SIZE // 4).mean((0, 2, 4)) > 120
-    number = sum(int(bit) << i for i, bit in enumerate(blocks.flatten()))
-    return number // 64 % 128, number % 64, CAMERAS[number // 8192]
+    episode, number = read_picture(frame)
+    return episode % 100, number, CAMERAS[episode // 100]
 
 
 def counting_job(episode, cameras=CAMERAS, labelled=True, lengths=LENGTHS):
@@ -106,9 +104,11 @@ def error(call, *words):
 
 @pytest.mark.parametrize("chunk", [1, 3, 19])
 def test_every_window_lines_up(counting, chunk):
-    """o_t .. o_t+n, a_t .. a_t+n-1, padding and borders, for every window there is."""
+    """o_t .. o_t+n, a_t .. a_t+n-1, padding and borders, for every window there is. A dataset that has been
+    read from can be sent to another process."""
     data = EpisodeDataset(counting, chunk, future=1)
-    assert len(data) == sum(LENGTHS) - len(LENGTHS)
+    assert len(list(data)) == len(data) == sum(LENGTHS) - len(LENGTHS)
+    data = pickle.loads(pickle.dumps(data))
     expected = [(e, t) for e, T in enumerate(LENGTHS) for t in range(T - 1)]
     for index, (e, t) in enumerate(expected):
         item, last = data[index], LENGTHS[e] - 1
@@ -167,24 +167,13 @@ def test_split_by_episode_is_stable_and_covers_every_task(tmp_path):
     error(lambda: EpisodeDataset(tmp_path / "one", 1, split="train"), "single episode")
 
 
-def test_another_process_reads_the_same(counting):
-    """A dataset that has been read from travels to a DataLoader worker."""
-    data = EpisodeDataset(counting, 5, future=1)
-    here = list(data)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1,
-                                         multiprocessing_context="spawn")
-    for mine, other in zip(here, loader, strict=True):
-        assert torch.equal(mine["frames"], other["frames"]) and torch.equal(mine["actions"], other["actions"])
-
-
 # ---- killed, resumed, parallel -----------------------------------------------------------------------------
 
-def test_a_full_disk_ends_the_run_and_resume_finishes_it(counting, tmp_path, monkeypatch):
-    """First a worker meets the full disk, then the writer of a shard. In the end the bytes are those of an
-    uninterrupted run, finished shards were not touched, and only the rest was read again."""
+def test_a_killed_worker_or_a_full_disk_ends_the_run_and_resume_finishes_it(counting, tmp_path, monkeypatch):
+    """A worker is killed, then a job and then the writer of a shard meet a full disk. In the end, the bytes are
+    those of an uninterrupted run; finished shards were not touched, and only the rest was read again."""
     def stamps():
-        return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.iterdir()
-                if p.name != "arguments.json"}
+        return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.glob("0*.h5")}
 
     def full(fd, sync=os.fsync, calls=[]):
         calls.append(fd)
@@ -192,23 +181,25 @@ def test_a_full_disk_ends_the_run_and_resume_finishes_it(counting, tmp_path, mon
             raise OSError(28, "No space left on device")
         sync(fd)
     out = tmp_path / "d"
-    monkeypatch.setenv("COUNTING", json.dumps({"full_at": 7}))
-    with pytest.raises(OSError, match="No space"):
-        convert(out, workers=2)
-    before = stamps()
-    assert before and set(before) <= {"00000.h5", "00001.h5"}
+    monkeypatch.setenv("COUNTING", json.dumps({"die_at": 1}))
+    error(lambda: convert(out, workers=2), "killed", "--resume", "--workers")
     error(lambda: EpisodeDataset(out, 1), "half made", "--resume")
     error(lambda: convert(out), "--resume", "--overwrite")
-    monkeypatch.delenv("COUNTING")
+    monkeypatch.setenv("COUNTING", json.dumps({"full_at": 7}))
+    with pytest.raises(OSError, match="No space"):
+        convert(out, flags=["--resume"])
+    before = stamps()
+    assert set(before) == {"00000.h5", "00001.h5"}
+    monkeypatch.setenv("COUNTING", json.dumps({"log": str(tmp_path / "log")}))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(os, "fsync", full)
         convert(out, flags=["--resume"])
     assert stamps() == before
-    monkeypatch.setenv("COUNTING", json.dumps({"log": str(tmp_path / "log")}))
+    (tmp_path / "log").unlink()
     convert(out, flags=["--resume"])
     assert content(out) == content(counting) and before.items() <= stamps().items()
     done_again = [int(line.split()[0]) for line in (tmp_path / "log").read_text().splitlines()]
-    assert done_again == list(range(3 * len(before), len(LENGTHS)))
+    assert done_again == [6, 7, 8, 9]
 
 
 def test_kill_9_leaves_no_processes_and_resumes(counting, tmp_path):
@@ -227,8 +218,8 @@ def test_kill_9_leaves_no_processes_and_resumes(counting, tmp_path):
     assert content(out) == content(counting)
 
 
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
+def wait_for(condition):
+    end = time.time() + 60
     while not condition():
         assert time.time() < end, "did not happen in time"
         time.sleep(0.05)
@@ -236,15 +227,8 @@ def wait_for(condition, seconds=60):
 
 def alive(pid):
     """Whether a process runs (a zombie that nobody has waited for does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_killed_worker_is_one_clear_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("COUNTING", json.dumps({"die_at": 4}))
-    error(lambda: convert(tmp_path / "d", workers=2), "killed", "--resume", "--workers")
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_resume_and_overwrite_rules(tmp_path, capsys):
@@ -256,6 +240,9 @@ def test_resume_and_overwrite_rules(tmp_path, capsys):
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     error(lambda: convert(out, flags=["--resume", "--resize", "crop"]), "resize", "squash", "crop")
     error(lambda: convert(out, lengths=[3, 3], flags=["--resume"]), "items")
+    (out / "dataset.json").unlink()
+    (out / "00000.h5").write_bytes((out / "00000.h5").read_bytes()[:1000])
+    error(lambda: convert(out, flags=["--resume"]), "00000.h5 cannot be read", "delete it")
     (out / "notes.txt").write_text("mine")
     convert(out, lengths=[3, 3], flags=["--overwrite"])
     assert {p.name for p in out.iterdir()} == {"00000.h5", "arguments.json", "dataset.json", "rejects.jsonl",
@@ -336,7 +323,7 @@ def test_inspect_prints_draws_and_finds_a_flipped_byte(counting, tmp_path, capsy
     error(lambda: main(["inspect", str(copy), "--check"]), "00000.h5", "not the file that was written")
 
 
-def test_fraction_is_a_stable_share():
+def test_fraction_is_a_stable_share(tmp_path):
     names = [str(i) for i in range(1, 5001)]
 
     def share(fraction, seed=0):
@@ -344,6 +331,11 @@ def test_fraction_is_a_stable_share():
                 if prepare_data.drawn(name, types.SimpleNamespace(fraction=fraction, seed=seed))}
     assert 400 < len(share(0.1)) < 600 and share(0.1) < share(0.2) and share(1.0) == set(names)
     assert len(share(0.1) & share(0.1, seed=1)) < 100, "another seed is another share"
+    convert(tmp_path / "d", flags=["--fraction", "0.5"])
+    counts = json.loads((tmp_path / "d" / "dataset.json").read_text())["counts"]
+    assert counts["items"] == counts["episodes"] == len(
+        [e for e in range(len(LENGTHS)) if prepare_data.drawn(f"episode-{e}", types.SimpleNamespace(
+            fraction=0.5, seed=0))]) < len(LENGTHS)
 
 
 # ---- the twin as a source ----------------------------------------------------------------------------------
@@ -419,19 +411,22 @@ def test_sim_resumes_and_refuses(fake_twin, tmp_path):
     error(lambda: main(sim_command(tmp_path / "x")), "none of the 10 items", "no success")
 
 
-def test_sim_films_the_real_twin(tmp_path):
-    """Two demonstrations and one hand video of the MuJoCo twin, twice the same."""
+def test_an_episode_of_the_real_twin_does_not_depend_on_those_before_it(tmp_path):
+    """So any number of workers, and a resumed run, film the same."""
     try:
         prepare_data.twin("robot", 32, ("front", "side"), 0.5).reset("stack_cups", 0)
     except Exception as reason:  # whatever a machine without GL raises
         pytest.skip(f"the twin does not render here: {reason}")
-    for name, workers in (("one", "1"), ("two", "2")):
-        main(["sim", "--out", str(tmp_path / name), "--tasks", "stack_cups", "--demos-per-task", "2",
-              "--hand-videos-per-task", str(2 - int(workers)), "--image-size", "32", "--workers", workers])
-    assert content(tmp_path / "one/robot") == content(tmp_path / "two/robot")
-    data = EpisodeDataset(tmp_path / "one/robot", 10, future=1)
-    assert data.num_episodes == 2 and data[0]["frames"].float().std() > 5
-    assert EpisodeDataset(tmp_path / "one/hand", 10).instructions == data.instructions
+    args = prepare_data.build_parser().parse_args(
+        ["sim", "--tasks", "stack_cups", "--demos-per-task", "2", "--image-size", "32"])
+    jobs = [job for _, job in prepare_data.sim_episodes(args)]
+    episodes = [job() for job in jobs]
+    prepare_data.twin.cache_clear()
+    alone = jobs[1]()
+    assert alone["images"] == episodes[1]["images"] != episodes[0]["images"]
+    assert np.array_equal(alone["actions"], episodes[1]["actions"])
+    image = cv2.imdecode(np.frombuffer(alone["images"]["side"][0], np.uint8), cv2.IMREAD_COLOR)
+    assert image.shape == (32, 32, 3) and image.std() > 5
 
 
 # ---- takes of the arm, and a source of one's own -----------------------------------------------------------
