@@ -505,15 +505,44 @@ def make_lerobot(root):
     return [Item(f"episode-{e:06d}", dirt, expected) for e, (dirt, expected, _) in enumerate(LEROBOT)]
 
 
+# ---- takes of robot.py -------------------------------------------------------------------------------------
+
+TAKES = [("nothing", "15 frames", {}), ("5 frames", "too short", {"T": 5}),
+         ("a camera missing", "unreadable", {"cameras": ["front"]}),
+         ("an image cut off", "damaged image", {"image": cut(0.7)}),
+         ("cut off half-way", "unreadable", {"file": cut(0.5)})]
+
+
+def make_realman(root):
+    """As `robot.py record` writes them: full-size JPEGs, T-1 actions."""
+    root.mkdir(parents=True)
+    about = {"format": prepare_data.TAKE_FORMAT, **prepare_data.TWIN}
+    (root / "takes.json").write_text(json.dumps(about))
+    items = []
+    for e, (dirt, expected, more) in enumerate(TAKES):
+        items.append(Item(f"stack_cups-{e:05d}", dirt, expected))
+        path, T = root / f"{items[-1].name}.h5", more.get("T", 15)
+        with h5py.File(path, "w") as f:
+            f.attrs.update(instruction="Stack.", fps=20)
+            f["actions"], f["proprio"] = numbers(e, T - 1), numbers(e, T)
+            for k, camera in enumerate(more.get("cameras", about["cameras"])):
+                jpegs = f.create_dataset(f"images/{camera}", (T,), h5py.vlen_dtype(np.uint8))
+                for t in range(T):
+                    jpeg = prepare_data.encode_frame(picture(e + 100 * k, t, 96, 128))
+                    jpegs[t] = np.frombuffer(more.get("image", bytes)(jpeg), np.uint8)
+        damage(path, more.get("file", bytes))
+    return items
+
+
 # ---- what becomes of them ----------------------------------------------------------------------------------
 
 MAKERS = {"ssv2": make_ssv2, "videos": make_videos, "bridge": make_bridge, "libero": make_libero,
-          "lerobot": make_lerobot}
+          "lerobot": make_lerobot, "realman": make_realman}
 
 
 def convert(source, root, out, *flags):
     """Run the converter, as typed. -> (what it printed, its error message or None)."""
-    if source == "videos" and not flags[:1] == ("--captions",):
+    if source == "videos" and flags[:1] not in (("--captions",), ("--instruction",)):
         flags = ("--captions", f"{root}/../captions.csv", *flags)
     printed, message = io.StringIO(), None
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
@@ -525,15 +554,21 @@ def convert(source, root, out, *flags):
     return printed.getvalue(), message
 
 
+def annotations_of(out):
+    """{name of an episode: its annotations}, in the order of the dataset."""
+    result = {}
+    for path in sorted(Path(out).glob("*.h5")):
+        with h5py.File(path) as f:
+            result |= dict(zip(f["name"].asstr()[:], map(json.loads, f["instruction"].asstr()[:])))
+    return result
+
+
 def outcomes(out):
     """{name of an item: "T frames" or its reject's reason}; pictures that do not count on are "garbage"."""
     result = {reject["name"]: reject["reason"] for reject in map(
         json.loads, (Path(out) / "rejects.jsonl").read_text().splitlines())}
-    data, names = prepare_data.EpisodeDataset(out, 1), []
-    for path in sorted(Path(out).glob("*.h5")):
-        with h5py.File(path) as f:
-            names += list(f["name"].asstr()[:])
-    for episode, name in enumerate(names):
+    data = prepare_data.EpisodeDataset(out, 1)
+    for episode, name in enumerate(annotations_of(out)):
         whole = []
         for camera in data.cameras:
             seen = [read_picture(frame) for frame in data.read_frames(

@@ -429,36 +429,7 @@ def test_an_episode_of_the_real_twin_does_not_depend_on_those_before_it(tmp_path
     assert image.shape == (32, 32, 3) and image.std() > 5
 
 
-# ---- takes of the arm, and a source of one's own -----------------------------------------------------------
-
-def test_takes_of_robot_py_become_a_dataset(tmp_path):
-    """As `robot.py record` writes them: full-size JPEGs, T-1 actions."""
-    about = {"format": prepare_data.TAKE_FORMAT, **prepare_data.TWIN}
-    (tmp_path / "takes.json").write_text(json.dumps(about))
-    rows = np.arange(14)[:, None] * np.ones(7, np.float32)
-    for start in (2, 10):
-        with h5py.File(tmp_path / f"stack-{start}.h5", "w") as f:
-            f.attrs.update(instruction="Stack.", fps=20)
-            f["actions"], f["proprio"] = rows[:-1], rows
-            for camera in CAMERAS:
-                jpegs = f.create_dataset(f"images/{camera}", (14,), h5py.vlen_dtype(np.uint8))
-                for t in range(14):
-                    picture = np.kron(counting_frame(start, t, camera), np.ones((3, 4, 1), np.uint8))
-                    jpegs[t] = np.frombuffer(prepare_data.encode_frame(picture), np.uint8)
-    (tmp_path / "broken-3.h5").write_bytes(b"")
-    command = ["realman", "--input", str(tmp_path), "--out", str(tmp_path / "d"), "--image-size", str(SIZE),
-               "--workers", "1"]
-    error(lambda: main(command), "33 %")                                  # the broken one
-    data = EpisodeDataset(tmp_path / "d", 3, future=1)
-    assert data.instructions == ["Stack."] and data.fps == 20 and data.attrs["action"] == prepare_data.ACTION
-    for item in data:
-        start = (2, 10)[item["episode"]]
-        assert read_number(item["frames"][0]) == (start, item["t"], "front")
-        assert read_number(item["obs"]["images"]["side"]) == (start, item["t"], "side")
-        assert item["actions"][0, 0] == item["obs"]["proprio"][0] == item["t"]
-    (tmp_path / "takes.json").write_text("{}")
-    error(lambda: main(command), "takes.json", "format None")
-
+# ---- a source of one's own ---------------------------------------------------------------------------------
 
 def test_a_source_of_ones_own_is_a_generator_and_an_entry(tmp_path):
     """The README's example: hdf5 files with images and absolute joint actions, by two processes."""

@@ -18,11 +18,11 @@ import torch
 
 import dirty_data
 import prepare_data
-from dirty_data import SIZE, convert, outcomes, picture, read_picture, table, write_video
+from dirty_data import SIZE, annotations_of, convert, outcomes, picture, read_picture, table, write_video
 from prepare_data import EpisodeDataset, Mixture, Reject
 from test_prepare_data import content, error
 
-LABELLED = ("bridge", "libero", "lerobot")
+LABELLED = ("bridge", "libero", "lerobot", "realman")
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,6 @@ def made(tmp_path_factory):
                 root=folder / source, out=folder / f"{source}_data", executed=folder / "executed")
         return done[source]
     return make
-
-
-def annotations_of(out):
-    """{name of an episode: its annotations}, in the order of the dataset."""
-    result = {}
-    for path in sorted(Path(out).glob("*.h5")):
-        with h5py.File(path) as f:
-            result |= dict(zip(f["name"].asstr()[:], map(json.loads, f["instruction"].asstr()[:])))
-    return result
 
 
 def rejects_of(out):
@@ -103,34 +94,36 @@ def test_action_k_stands_beside_frame_k_in_every_window(made, source):
 
 
 def test_two_processes_write_the_same_bytes_and_check_writes_nothing(made, tmp_path):
-    convert("lerobot", made("lerobot").root, tmp_path / "two", "--workers", "2")
-    assert content(tmp_path / "two") == content(made("lerobot").out)
-    printed, message = convert("lerobot", made("lerobot").root, tmp_path / "none", "--check")
+    videos = made("videos")
+    convert("videos", videos.root, tmp_path / "two", "--workers", "2")
+    assert content(tmp_path / "two") == content(videos.out)
+    printed, message = convert("videos", videos.root, tmp_path / "none", "--check")
     assert not (tmp_path / "none").exists() and "nothing was written" in message
-    assert f"{len(annotations_of(made('lerobot').out))} good episodes" in printed
+    assert f"{len(annotations_of(videos.out))} good episodes" in printed
 
 
-def test_odd_commands_are_one_line(made, tmp_path):
-    libero, bridge, videos = (made(source).root for source in ("libero", "bridge", "videos"))
-    (tmp_path / "excel.csv").write_bytes("file,instruction\nwhole.mp4,caf\u00e9\n".encode("cp1252"))
-    (tmp_path / "heading.csv").write_text("file,instruction\n")
-    (tmp_path / "columns.csv").write_text("name,text\na,b\n")
-    (tmp_path / "null.json").write_text("null")
-    (tmp_path / "empty").mkdir()
-    captions = [["--captions", str(tmp_path / name)] for name in ("excel.csv", "heading.csv", "columns.csv",
-                                                                  "none.csv")]
-    for source, root, flags, words in (
-            ("bridge", bridge, ["--fraction", "10"], "--fraction 10"),
-            ("libero", libero, ["--cameras", "top"], "agentview, wrist"),
-            ("videos", tmp_path / "empty", [], "no video"),
-            ("videos", videos, captions[0], "UnicodeDecodeError"),
-            ("videos", videos, captions[1], "no rows"),
-            ("videos", videos, captions[2], "columns file,instruction"),
-            ("videos", videos, captions[3], "No such file"),
-            ("bridge", tmp_path / "null.json", [], "is not a whole zip"),
-            ("realman", videos, [], "takes.json has format None")):
-        message = convert(source, root, tmp_path / "d", *flags)[1]
-        assert message and words in message and "\n" not in message, (source, flags, message)
+@pytest.mark.parametrize("source, files, flags, words", [
+    ("bridge", {}, ["--fraction", "10"], "--fraction 10"),
+    ("bridge", {"a.txt": "a"}, [], "no trajectory"),
+    ("libero", {}, ["--cameras", "top"], "agentview, wrist"),
+    ("realman", {}, [], "takes.json has format None"),
+    ("ssv2", {}, [], "expected labels/train.json"),
+    ("ssv2", {"train.json": '[{"id": "7"'}, [], "not a JSON file"),
+    ("ssv2", {"train.json": '[{"id": "7"}]'}, [], "no id or label"),
+    ("ssv2", {"train.json": "[[1, 2], null]"}, [], "no id or label"),
+    ("ssv2", {"train.json": '[{"id": "7", "label": "a"}]'}, [], "tar zx"),
+    ("videos", {"a.txt": "a"}, [], "no video"),
+    *(("videos", {"a.mp4": "", "c.csv": text}, ["--captions", "c.csv"], words) for text, words in (
+        ("file,instruction\na.mp4,caf\u00e9\n", "UnicodeDecodeError"), ("file,instruction\n", "no rows"),
+        ("name,text\na,b\n", "columns file,instruction"))),
+    ("videos", {"a.mp4": ""}, ["--captions", "c.csv"], "No such file")])
+def test_odd_commands_and_odd_input_are_one_line(tmp_path, monkeypatch, source, files, flags, words):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for name, text in files.items():
+        Path(name).write_text(text, encoding="latin1")
+    message = convert(source, tmp_path / "in", tmp_path / "d", *flags)[1]
+    assert message and words in message and "\n" not in message
     assert not (tmp_path / "d").exists()
 
 
@@ -155,22 +148,14 @@ def test_the_label_is_kept_as_written_and_clips_are_in_numeric_order(made):
     assert texts["4"] == ["pulling a/c remote, a\\c remote"] and texts["5"] == ["holding \u0430 cup"]
 
 
-def test_ssv2_input_errors_and_other_layouts(tmp_path):
-    def convert_it(*flags):
-        prepare_data.main(["ssv2", "--input", str(tmp_path), "--out", str(tmp_path / "d"), "--workers", "1",
-                           "--image-size", "32", *flags])
-    error(convert_it, "no labels", "labels/train.json")
-    labels, clips = tmp_path / "something-something-v2-train.json", tmp_path / "videos"
-    for text, words in (('[{"id": "7"', "not a JSON file"), ('[{"id": "7"}]', "no id or label"),
-                        ("[[1, 2], null]", "no id or label"), ('[{"id": "7", "label": "a"}]', "tar zx")):
-        labels.write_text(text)
-        error(convert_it, words)
-    write_video(clips / "8.webm", [picture(8, t) for t in range(14)])
-    error(convert_it, "none of the 1 labelled clips", "tar zx")
-    labels.write_text('[{"id": "8", "label": "a"}]')
-    error(lambda: convert_it("--min-frames", "99"), "none of the 1 items", "too short")
+def test_other_layouts_of_ssv2(tmp_path):
+    """Labels and clips lie side by side, under the names of another release. Nothing usable: no dataset."""
+    (tmp_path / "something-something-v2-validation.json").write_text('[{"id": "8", "label": "a"}]')
+    write_video(tmp_path / "videos" / "8.webm", [picture(8, t) for t in range(14)])
+    message = convert("ssv2", tmp_path, tmp_path / "d", "--min-frames", "99")[1]
+    assert "none of the 1 items" in message and "too short" in message
     error(lambda: EpisodeDataset(tmp_path / "d", 1), "half made")
-    convert_it("--overwrite")
+    convert("ssv2", tmp_path, tmp_path / "d", "--overwrite")
     assert annotations_of(tmp_path / "d") == {"8": ["a"]}
 
 
@@ -220,8 +205,7 @@ def test_a_name_that_is_no_text_is_read(made, tmp_path):
     (tmp_path / "in").mkdir()
     with open(os.fsencode(tmp_path / "in") + b"/v\xe9.mp4", "wb") as f:
         f.write((made("videos").root / "whole.mp4").read_bytes())
-    prepare_data.main(["videos", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "d"), "--workers",
-                       "1", "--image-size", str(SIZE)])
+    convert("videos", tmp_path / "in", tmp_path / "d", "--instruction", "move")
     assert outcomes(tmp_path / "d") == {"v\\udce9.mp4": "24 frames"}
 
 
@@ -413,7 +397,7 @@ def test_axis_angle_is_continuous_where_the_hand_points_down():
     assert np.array_equal(prepare_data.axis_angle(np.array([[0.0, 0, 0, 1]])), np.zeros((1, 3)))
 
 
-# ---- LeRobot -----------------------------------------------------------------------------------------------
+# ---- LeRobot, Realman --------------------------------------------------------------------------------------
 
 def test_lerobot_attributes_tasks_and_flags(made, tmp_path):
     data, texts = EpisodeDataset(made("lerobot").out, 1), annotations_of(made("lerobot").out)
@@ -432,23 +416,25 @@ def test_lerobot_attributes_tasks_and_flags(made, tmp_path):
 
 
 def test_odd_lerobot_metadata_is_one_line(made, tmp_path, monkeypatch):
-    root = tmp_path / "in"
-    shutil.copytree(made("lerobot").root / "meta", root / "meta")
-    info = root / "meta" / "info.json"
-    good = json.loads(info.read_text())
+    shutil.copytree(made("lerobot").root / "meta", tmp_path / "meta")
+    info, good = tmp_path / "meta" / "info.json", dirty_data.LEROBOT_INFO
     for odd in ({"fps": 0}, {"features": {}}, {"codebase_version": "v2.1"}, {"data_path": None}):
         info.write_text(json.dumps(good | odd))
-        error_of = convert("lerobot", root, tmp_path / "d")[1]
-        assert "is not a LeRobotDataset v3" in error_of and "convert_dataset_v21_to_v30" in error_of, odd
+        assert "convert_dataset_v21_to_v30" in convert("lerobot", tmp_path, tmp_path / "d")[1], odd
     info.write_text(json.dumps(good))
-    assert "top: " in (message := convert("lerobot", root, tmp_path / "d", "--cameras", "top")[1])
-    assert message.endswith("has front, wrist")
-    (root / "meta/episodes/chunk-000/file-001.parquet").write_bytes(b"PAR1")
-    assert "meta/episodes is not as expected" in convert("lerobot", root, tmp_path / "d")[1]
-    assert "is not a LeRobotDataset v3" in convert("lerobot", tmp_path, tmp_path / "d")[1]
+    message = convert("lerobot", tmp_path, tmp_path / "d", "--cameras", "top")[1]
+    assert "top: " in message and message.endswith("has front, wrist")
+    (tmp_path / "meta/episodes/chunk-000/file-001.parquet").write_bytes(b"PAR1")
+    assert "meta/episodes is not as expected" in convert("lerobot", tmp_path, tmp_path / "d")[1]
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in convert("lerobot", root, tmp_path / "d")[1]
+    assert "pip install pyarrow" in convert("lerobot", tmp_path, tmp_path / "d")[1]
+
+
+def test_takes_keep_the_attributes_of_the_arm(made):
+    data = EpisodeDataset(made("realman").out, 1)
+    assert data.attrs["action"] == prepare_data.ACTION and data.cameras == ["front", "side"]
+    assert data.instructions == ["Stack."] and data.fps == 20
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------
