@@ -209,22 +209,20 @@ def test_a_name_that_is_no_text_is_read(made, tmp_path):
     assert outcomes(tmp_path / "d") == {"v\\udce9.mp4": "24 frames"}
 
 
-@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
-def test_frames_are_opencvs_to_the_bit_and_turned_as_the_file_says(tmp_path, codec):
+def test_frames_are_turned_as_the_file_says(tmp_path):
     """A phone held upright stores its video lying, with a matrix in the track's header."""
-    write_video(tmp_path / "a.mp4", [picture(1, t, 50, 84) for t in range(12)], codec=codec)
+    write_video(tmp_path / "a.mp4", [picture(1, t, 50, 84) for t in range(12)], codec="libx264")
     matrix = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     film, track, rest = (tmp_path / "a.mp4").read_bytes().split(matrix)
     (tmp_path / "b.mp4").write_bytes(film + matrix + track + turned + rest)
-    seen = {}
-    for name in ("a.mp4", "b.mp4"):
-        with prepare_data.open_video(str(tmp_path / name)) as container:
-            seen[name] = list(prepare_data.to_bgr(prepare_data.even_frames(container, 12)))
-        capture = cv2.VideoCapture(str(tmp_path / name), cv2.CAP_FFMPEG)
-        assert len(seen[name]) == 12 and all(np.array_equal(frame, capture.read()[1]) for frame in seen[name])
-    assert seen["b.mp4"][0].shape == (84, 50, 3) and np.array_equal(seen["b.mp4"][3],
-                                                                    np.rot90(seen["a.mp4"][3], -1))
+    with prepare_data.open_video(str(tmp_path / "b.mp4")) as container:
+        seen = list(prepare_data.to_bgr(prepare_data.even_frames(container, 12)))
+    capture = cv2.VideoCapture(str(tmp_path / "b.mp4"), cv2.CAP_FFMPEG)
+    assert len(seen) == 12 and all(np.array_equal(frame, capture.read()[1]) for frame in seen), "OpenCV's"
+    with prepare_data.open_video(str(tmp_path / "a.mp4")) as container:
+        lying = next(prepare_data.to_bgr(prepare_data.even_frames(container, 12)))
+    assert np.array_equal(seen[0], np.rot90(lying, -1)) and seen[0].shape == (84, 50, 3)
 
 
 # ---- BridgeData V2 -----------------------------------------------------------------------------------------
