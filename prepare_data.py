@@ -139,7 +139,7 @@ def drawn(name, args):
 
 
 def check_output(folder, args):
-    """InputError when the folder holds foreign files, or ours without --resume or --overwrite."""
+    """InputError when the folder holds files of others, or ours without --resume or --overwrite."""
     held = sorted(os.listdir(folder)) if os.path.exists(folder) else []
     held = [name for name in held if not name.endswith(".tmp")]
     if held and "arguments.json" not in held:
@@ -217,7 +217,7 @@ def read_images(files, args, flip=np.s_[:]):
 # ---- videos ------------------------------------------------------------------------------------------------
 
 def open_video(path):
-    """-> PyAV container, closed by `with`. Reject a missing or empty file; av.FFmpegError if it is no video."""
+    """-> PyAV container, closed by `with`. Reject a missing or empty file; av.FFmpegError for no video."""
     if not os.path.exists(path):
         raise Reject("missing file", path)
     if not os.path.getsize(path):
@@ -283,9 +283,9 @@ def to_bgr(frames):
 def read_video(path, instructions, args, start=None, end=None):
     """Job: one video file, or its seconds [start, end) -> episode. Reject unless 90 % of the time has frames.
 
-    A truncated file decodes without an error as far as it goes, so the result is compared with the duration
-    in the header. Damage inside a file is found where the codec detects it: in H.264 and AV1, but hardly ever
-    in VP8 and VP9.
+    A truncated file decodes without an error up to its end, so the result is compared with the duration in
+    the header. Damage inside a file is found where the codec detects it: in H.264 and AV1, but hardly ever in
+    VP8 and VP9.
     """
     try:
         container = open_video(path)
@@ -424,7 +424,7 @@ def bridge_episodes(args):
 
 
 def tree_trajectories(root):
-    """Folder -> {relative name of a trajectory: None}. Its job lists the files: there are millions in all."""
+    """Folder -> {relative name of a trajectory: None}. Each job lists its own files: there are millions."""
     found = {}
     for folder, below, _ in walk(root):
         below[:] = [name for name in below if "lmdb" not in name]
@@ -472,7 +472,7 @@ def zip_trajectories(path):
 
 def read_bytes(place):
     """Content of a file, or of a zip's member (path, offset, size, method, checksum). Reject a damaged one.
-    zipfile would read the directory of the zip in every process, which takes minutes and gigabytes."""
+    With zipfile, every process would read the zip's directory, which takes minutes and gigabytes."""
     if isinstance(place, str):
         with open(place, "rb") as f:
             return f.read()
@@ -567,8 +567,8 @@ def bridge_annotations(files):
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Reads plain containers and numpy's arrays and numbers. A pickle is a program: anything else that it
-    names could run. numpy's own constructors are replaced: ndarray(..., buffer=...) could write anywhere."""
+    """Reads plain containers and numpy's arrays and numbers. A pickle is a program that can call whatever it
+    names. numpy's own constructors are replaced, too: ndarray(..., buffer=...) could write anywhere."""
 
     def find_class(self, module, name):
         admitted = {}
@@ -625,7 +625,7 @@ def libero_episodes(args):
     if not set(args.cameras) <= LIBERO_CAMERAS.keys():
         raise InputError(f"--cameras {','.join(args.cameras)}: expected some of {', '.join(LIBERO_CAMERAS)}")
     if args.render:
-        import_libero(args.libero_assets)            # a missing simulator ends the run now, not after an hour
+        import_libero(args.libero_assets)            # so that a missing simulator is an error at once
     root, name = os.path.split(args.input) if os.path.isfile(args.input) else (args.input, None)
     names = [name] if name else find_files(root, ".hdf5", ".h5")
     if not names:
@@ -645,7 +645,7 @@ def libero_episodes(args):
 
 
 def libero_instructions(attrs, path):
-    """-> [the file's own instruction, which is the BDDL's; the one in its name], or one where they agree."""
+    """-> [the instruction in the file, that of the BDDL; the one in its name], or one if they agree."""
     info = json.loads(attrs.get("problem_info", "{}"))
     text = info.get("language_instruction") or ""
     text = " ".join(text) if isinstance(text, list) else text
@@ -657,7 +657,7 @@ def libero_instructions(attrs, path):
 def libero_demo(path, key, args):
     """Job: one demonstration -> episode. T rows give T images and T-1 actions: one action lacks its image.
 
-    Files that note success, and --render, which finds it out, reject a demonstration that fails.
+    Reject a demonstration that fails, where the file records success or --render measures it.
     """
     with h5py.File(path, "r") as f:
         demo, instructions = f["data"][key], libero_instructions(f["data"].attrs, path)
@@ -675,8 +675,8 @@ def libero_demo(path, key, args):
                                     f"{[len(frames) for frames in images.values()]} images")
     still = np.linalg.norm(actions[:, :6], axis=1) < 1e-4                # as openvla's filter
     still &= np.append(True, actions[1:, 6] == actions[:-1, 6])
-    # obs[t] after actions[t] was seen when actions[t+1] was commanded, and actions[0] has no image; obs[t]
-    # before it leaves the last action without an image after it.
+    # If obs[t] was read after actions[t], actions[t+1] was commanded from it, and actions[0] lacks its image.
+    # If it was read before, actions[t] was commanded from it, and the last action lacks the image after it.
     actions, still = (actions[1:], still[1:]) if after else (actions[:-1], still[:-1])
     if args.drop_noops:
         if still.all():
@@ -715,20 +715,20 @@ def stored_observations(f, demo, args):
 
 
 def observed_after(demo):
-    """Whether obs[t] was read after actions[t]. states[t] never is, and its numbers 1 to 7 are the arm's
-    joints: obs/joint_states[t] equals those of states[t+1], or of states[t]."""
+    """Whether obs[t] was read after actions[t]. states[t] was always read before, and its numbers 1 to 7 are
+    the arm's joints: obs/joint_states[t] equals either those of states[t+1] or those of states[t]."""
     if "states" not in demo or demo["states"].ndim != 2 or "joint_states" not in demo["obs"]:
-        return True                                  # a raw file that lost its states
+        return True                                  # a raw file without its states
     joints, states = demo["obs/joint_states"][:], demo["states"][:, 1:8]
     after, before = np.abs(joints[:-1] - states[1:]).mean(), np.abs(joints - states).mean()
     if not np.isfinite(after + before):
-        raise Reject("states not finite", "so nothing tells whether images are from before their action")
+        raise Reject("states not finite", "whether an image precedes its action cannot be measured")
     return bool(after <= before)
 
 
 def axis_angle(quaternion):
-    """Unit quaternions (T, 4), x y z w -> rotation vectors (T, 3) with angles 0 to 2 pi, as in robosuite: no
-    jump at pi, which is the angle of a hand that points down."""
+    """Unit quaternions (T, 4), x y z w -> rotation vectors (T, 3) with angles 0 to 2 pi, as in robosuite:
+    continuous at pi, the angle of a hand that points down."""
     w = np.clip(quaternion[:, 3:], -1, 1)
     sine = np.sqrt(1 - w ** 2)
     return quaternion[:, :3] * np.where(sine > 1e-8, 2 * np.arccos(w) / np.maximum(sine, 1e-8), 0)
@@ -784,8 +784,8 @@ _simulator = {}           # {path of a .bddl: its simulator}, one at most: build
 
 
 def close_simulator():
-    """Free the simulator's OpenGL context. It must not wait for the garbage collector at exit, when OpenGL is
-    gone."""
+    """Free the simulator's OpenGL context before Python exits: the garbage collector would do it too late,
+    after OpenGL has shut down."""
     while _simulator:
         _simulator.popitem()[1].close()
     gc.collect()
@@ -796,26 +796,27 @@ def libero_simulator(bddl, assets, seed=0):
     if bddl not in _simulator:
         close_simulator()
         import_libero(assets)
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)     # robosuite takes it for the number of an EGL device;
-        from libero.libero.envs import OffScreenRenderEnv    # MUJOCO_EGL_DEVICE_ID is one
+        # robosuite would take it for the number of an EGL device, which MUJOCO_EGL_DEVICE_ID gives.
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        from libero.libero.envs import OffScreenRenderEnv
         env = OffScreenRenderEnv(bddl_file_name=bddl, use_camera_obs=False)    # libero_observation draws
         reset_simulator(env, seed)
-        atexit.unregister(close_simulator)           # OpenGL has registered its end by now, and what is
-        atexit.register(close_simulator)             # registered later runs earlier
+        atexit.unregister(close_simulator)           # by now OpenGL has registered its exit handler; of
+        atexit.register(close_simulator)             # several, the one registered last runs first
         _simulator[bddl] = env
     return _simulator[bddl]
 
 
 def reset_simulator(env, seed):
-    """A fresh scene, the same for the same seed whatever was simulated before.
+    """A fresh scene that depends on the seed alone, not on what was simulated before.
 
-    UPSTREAM: the furniture is placed at random and is not part of a stored initial state; and every reset
-    adds its samplers once more, so that the scene depends on the number of resets before.
+    UPSTREAM: the furniture is placed at random and is not part of a stored initial state. Every reset adds
+    its samplers once more, so that the scene depends on the number of resets before it.
     """
     np.random.seed(seed)
     env.env.object_property_initializers.clear()
     env.env.visualization_sites_list.clear()
-    env.env.reset()                                  # env.reset() would swallow every error and try for ever
+    env.env.reset()                                  # env.reset() swallows every error and retries for ever
 
 
 def show_state(env, state):
@@ -845,8 +846,8 @@ def libero_image(env, camera, image_size):
 
 
 def place_scene(env, demo):
-    """Put the furniture where the file says: a reset places it at random, and the state does not contain it.
-    Raw files carry the whole model as XML, others the poses alone, {body: [position, quaternion]} as JSON."""
+    """Put the furniture where it stood: a reset places it at random, and the state does not contain it. Raw
+    files hold the whole model as XML, others only the poses, {body: [position, quaternion]} as JSON."""
     model, attrs = env.sim.model, demo.attrs
     if "fixture_poses" in attrs:
         poses = json.loads(attrs["fixture_poses"])
@@ -864,8 +865,8 @@ def place_scene(env, demo):
 
 
 def draw_states(f, demo, path, args):
-    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action, and whether
-    the goal is reached in the last 20 states."""
+    """-> {camera: T upright (H, W, 3) RGB}, proprio (T, 8), both from before the row's action; whether one of
+    the last 20 states reaches the goal."""
     name = re.sub(r"(_demo)?\.(hdf5|h5)$", ".bddl", os.path.basename(path))
     name = os.path.basename(f["data"].attrs.get("bddl_file_name", name))
     root = os.path.join(os.path.dirname(import_libero(args.libero_assets).__file__), "bddl_files")
@@ -1039,7 +1040,7 @@ HAND_FPS = 10             # Something-Something has 12; 10 divides the 20 Hz of 
 
 @functools.lru_cache(maxsize=None)
 def twin(embodiment, image_size, cameras, spread):
-    """One environment per process: building it takes longer than an episode."""
+    """One environment per process, because building it takes longer than an episode."""
     return TwinEnv(embodiment=embodiment, image_size=image_size, cameras=cameras, spread=spread)
 
 
@@ -1056,15 +1057,15 @@ def film_robot(task, seeds, args):
     """Job: one demonstration by the robot."""
     env = twin("robot", args.image_size, ("front", "side"), args.spread)
     observations, actions = perform(env, task, seeds)
-    images = {camera: [encode_frame(o["images"][camera][..., ::-1]) for o in observations]
+    images = {camera: to_jpegs((o["images"][camera][..., ::-1] for o in observations), args)
               for camera in env.cameras}
     return {"images": images, "instructions": [env.instruction], "fps": CONTROL_HZ, "actions": actions,
             "proprio": [o["proprio"] for o in observations]}
 
 
 def film_hand(task, seeds, args, path):
-    """Job: one performance by the hand, written as a .webm of VP9. The container holds a random number: its
-    bytes differ from run to run, its decoded frames do not."""
+    """Job: one performance by the hand, written as a .webm of VP9. Its bytes differ from run to run, because
+    the container holds a random number; its decoded frames do not."""
     observations, _ = perform(twin("hand", HAND_SIZE, (VIDEO_CAMERA,), args.spread), task, seeds)
     (height, width), file = HAND_SIZE, io.BytesIO()
     with av.open(file, "w", format="webm") as container:
@@ -1121,7 +1122,7 @@ def film_twin(args):
     """sim: demonstrations into OUT/robot, hand videos into OUT/hand_videos and, read back, into OUT/hand."""
     places = {name: os.path.join(args.out, name) for name in ("robot", "hand_videos", "hand")}
     for place in places.values():
-        check_output(place, args)             # now, not after an hour of filming
+        check_output(place, args)             # before an hour of filming
     rejected, robot_args = 0.0, argparse.Namespace(**{**vars(args), "out": places["robot"]})
     del robot_args.hand_videos_per_task       # does not change the demonstrations: --resume may change it
     if args.demos_per_task:
@@ -1377,33 +1378,22 @@ def write_shard(path, about, episodes, rejects):
 def finish(folder, about, paths, num_items):
     """Read the shards again, write rejects.jsonl and then dataset.json. -> share of rejects. InputError."""
     shards, rejects, fps, instructions = [], [], [], set()
-    tables = {"actions": [], "proprio": []}
     for path in paths:
         with open_shard(path, "delete it, then --resume makes it again") as f:
-            start = f["episode_start"][:]
             rejects += [json.loads(text) for text in f["rejects"].asstr()[:]]
             instructions |= {json.loads(text)[0] for text in f["instruction"].asstr()[:]}
             fps += f["fps"][:].tolist()
-            for key, hold_rows in (("actions", start[1:] - 1), ("proprio", [])):
-                if key in f:
-                    tables[key].append(np.delete(f[key][:], hold_rows, axis=0))
-        shards.append({"file": os.path.basename(path), "episodes": len(start) - 1, "frames": int(start[-1]),
-                       "sha256": file_hash(path)})
+            shards.append({"file": os.path.basename(path), "episodes": len(f["fps"]),
+                           "frames": int(f["episode_start"][-1]), "sha256": file_hash(path)})
     write_atomically(os.path.join(folder, "rejects.jsonl"),
                      "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
     if not fps:
         raise InputError(f"{folder}: none of the {num_items} items can be used, see rejects.jsonl there: "
                          "{name}: {reason} {detail}, ...".format_map(rejects[0]))
-    statistics = {}
-    for key in (key for key in tables if tables[key]):
-        rows = np.concatenate(tables[key]).astype(np.float64)    # (N, D)
-        columns = {"min": rows.min(0), "max": rows.max(0), "mean": rows.mean(0), "std": rows.std(0),
-                   "q01": np.quantile(rows, 0.01, axis=0), "q99": np.quantile(rows, 0.99, axis=0)}
-        statistics[key] = {name: column.tolist() for name, column in columns.items()}
     counts = {"items": num_items, "rejected": len(rejects), "episodes": len(fps),
               "frames": sum(shard["frames"] for shard in shards), "instructions": len(instructions)}
-    write_json(os.path.join(folder, "dataset.json"), {**about, "fps": float(np.median(fps)), "counts": counts,
-                                                      "statistics": statistics, "shards": shards})
+    write_json(os.path.join(folder, "dataset.json"),
+               {**about, "fps": float(np.median(fps)), "counts": counts, "shards": shards})
     what = ", ".join(f"{counts[key]} {key}" for key in ("episodes", "frames", "instructions"))
     return report(folder, what, num_items, [reject["reason"] for reject in rejects])
 
@@ -1466,10 +1456,11 @@ class EpisodeDataset(torch.utils.data.Dataset):
                  labels=("actions", "proprio")):
         self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
-        self.stats, self.fps, self.image_size = (self.attrs[k] for k in ("statistics", "fps", "image_size"))
-        self.labels = [key for key in labels if key in self.stats]
+        self.fps, self.image_size = self.attrs["fps"], self.attrs["image_size"]
+        self.about = {key: self.attrs[key.removesuffix("s")] for key in labels}      # of actions and proprio
+        self.about = {key: about for key, about in self.about.items() if about}
         self.action_dim, self.proprio_dim = (
-            len(self.stats[key]["min"]) if key in self.labels else None for key in ("actions", "proprio"))
+            len(self.about[key]["names"]) if key in self.about else None for key in ("actions", "proprio"))
         known = list(self.attrs["cameras"])
         self.cameras = known[:cameras] if cameras is None or isinstance(cameras, int) else list(cameras)
         if not set(self.cameras) <= set(known) or future > len(self.cameras):
@@ -1493,7 +1484,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             with open_shard(path) as f:
                 start = f["episode_start"][:].tolist()
                 texts += [json.loads(text)[0] for text in f["instruction"].asstr()[:]]
-                where = {key: f[key].id.get_offset() for key in self.labels if key in f}
+                where = {key: f[key].id.get_offset() for key in self.about if key in f}
                 for camera in self.cameras:                      # (N+1,): position of each frame in the file
                     jpg, offset = f[f"images/{camera}/jpg"].id.get_offset(), f[f"images/{camera}/offset"][:]
                     where[camera] = offset + (jpg or 0)          # None: every item of this shard was rejected
@@ -1529,32 +1520,36 @@ class EpisodeDataset(torch.utils.data.Dataset):
 
     def _rows(self, episode, key, first, count):
         """Rows first, first+1, ... of an episode's actions or proprio -> (count, D) float32."""
-        (shard, start), width = self._place[episode], len(self.stats[key]["min"])
+        (shard, start), width = self._place[episode], len(self.about[key]["names"])
         place = self._where[shard][key] + 4 * width * (start + first)
         return self._read(shard, place, count * width, np.float32).reshape(count, width)
 
-    def limits(self, key):
-        """-> {"min", "max"} of "actions" or "proprio" over the episodes of this split alone: a policy's
-        normaliser must not see other episodes. attrs["statistics"] are those of the whole dataset."""
+    def values(self, key):
+        """-> (N, D) all "actions" of the split, merged over the stride and without the hold actions, or all
+        "proprio"."""
         rows = []
         for episode in self.episodes[self.lengths[self.episodes] > self.stride]:       # those with a window
-            steps = self._rows(episode, key, 0, self.lengths[episode] - (key == "actions"))   # not the hold
+            steps = self._rows(episode, key, 0, self.lengths[episode] - (key == "actions"))
             if key == "actions":
                 windows = np.lib.stride_tricks.sliding_window_view(steps, self.stride, axis=0)  # (N, A, s)
                 steps = self._merge(windows.swapaxes(1, 2))
             rows.append(steps)
-        rows = np.concatenate(rows)
+        return np.concatenate(rows)
+
+    def limits(self, key):
+        """-> {"min", "max"} (D,) of values(key), for a normaliser that must not see other splits."""
+        rows = self.values(key)
         return {"min": rows.min(0), "max": rows.max(0)}
 
     def traits(self):
         """-> {name: value} of all that datasets must have in common to be mixed."""
-        vectors = {key: self.attrs[key.removesuffix("s")] for key in self.labels}
         return {"image_size": self.image_size, "number of cameras": len(self.cameras),
-                **{f"{what} of {key}": value for key in vectors for what, value in vectors[key].items()}}
+                **{f"{what} of {key}": value for key, about in self.about.items()
+                   for what, value in about.items()}}
 
     def _merge(self, actions):
         """(..., s, A) actions of s steps -> (..., A): the sum of changes, the last of the other numbers."""
-        return np.where(self.attrs["action"]["delta"], actions.sum(-2), actions[..., -1, :])
+        return np.where(self.about["actions"]["delta"], actions.sum(-2), actions[..., -1, :])
 
     def spaced(self, most):
         """-> list of the indices of at most `most` windows, evenly spaced over all."""
@@ -1595,9 +1590,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
                 "episode": episode, "t": t, "instruction_id": text}
         if self.future:
             item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
-        if "proprio" in self.labels:
+        if "proprio" in self.about:
             item["obs"]["proprio"] = torch.from_numpy(self._rows(episode, "proprio", t, 1)[0])   # (P,)
-        if "actions" in self.labels:                                     # the last row is the hold action
+        if "actions" in self.about:                                      # the last row is the hold action
             rows = self._rows(episode, "actions", t, min(n * s, last + 1 - t))
             rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
             item["actions"] = torch.from_numpy(self._merge(rows))                                # (n, A)
@@ -1666,12 +1661,11 @@ class Mixture(torch.utils.data.ConcatDataset):
         part = rng.choice(len(self.parts), size=count, p=self.weights)
         return rng.integers(self._starts[part], self._starts[part + 1]).tolist()
 
-    def limits(self, key):
-        """-> EpisodeDataset.limits over all parts."""
-        limits = [part.limits(key) for part in self.parts]
-        return {"min": np.min([x["min"] for x in limits], 0), "max": np.max([x["max"] for x in limits], 0)}
+    def values(self, key):
+        """-> EpisodeDataset.values of all parts."""
+        return np.concatenate([part.values(key) for part in self.parts])
 
-    spaced = EpisodeDataset.spaced
+    limits, spaced = EpisodeDataset.limits, EpisodeDataset.spaced
 
     def __getitem__(self, index):
         item, k = super().__getitem__(index), bisect.bisect(self.cumulative_sizes, index)
@@ -1692,16 +1686,18 @@ def inspect(args):
                 raise InputError(f"{path} is not the file that was written: copy or make it again")
         print(f"{'check':>15}  all good: every shard is the file that was written")
     for key, value in sorted({**data.attrs, "fingerprint": data.fingerprint}.items()):
-        if key != "statistics":
-            print(f"{key:>15}  {value if isinstance(value, str) else json.dumps(value)}")
+        print(f"{key:>15}  {value if isinstance(value, str) else json.dumps(value)}")
     seconds = np.median(data.lengths) / data.fps
     print(f"{'lengths':>15}  {data.lengths.min()} to {data.lengths.max()} frames, median {seconds:.1f} s")
     for i, times in collections.Counter(data.instruction_ids.tolist()).most_common(10):
         print(f"{times:>9} times  {data.instructions[i]!r}")
-    for key, table in data.stats.items():
-        print(f"{key:>15}  " + "".join(f"{column:>10}" for column in table))
-        for d, name in enumerate(data.attrs[key.removesuffix("s")]["names"]):
-            print(f"{name:>15}  " + "".join(f"{column[d]:>10.4f}" for column in table.values()))
+    for key, about in data.about.items():
+        rows = data.values(key).astype(np.float64)
+        columns = {"min": rows.min(0), "max": rows.max(0), "mean": rows.mean(0), "std": rows.std(0),
+                   "q01": np.quantile(rows, 0.01, axis=0), "q99": np.quantile(rows, 0.99, axis=0)}
+        print(f"{key:>15}  " + "".join(f"{column:>10}" for column in columns))
+        for name, numbers in zip(about["names"], np.transpose([*columns.values()])):
+            print(f"{name:>15}  " + "".join(f"{number:>10.4f}" for number in numbers))
     path = os.path.join(args.data, "contact_sheet.png")
     write_atomically(path, cv2.imencode(".png", contact_sheet(data))[1].tobytes())
     print(f"{'contact sheet':>15}  {path}")

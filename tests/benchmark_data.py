@@ -1,7 +1,7 @@
 """How fast prepare_data.py converts and reads, compared with the decoder alone. Not part of the test suite.
 
     python tests/benchmark_data.py                      # about 5 minutes on two cores
-    python tests/benchmark_data.py --clips 200 --few 50 # a quick look
+    python tests/benchmark_data.py --clips 200          # a quick look; start-up counts more
 
 Clips resemble Something-Something's: 427 x 240 VP9, 48 frames at 12 fps, 250 kbit/s. Trajectories resemble
 BridgeData V2's: 38 JPEGs of 640 x 480. A few different ones are made and linked many times. Rates are per
@@ -98,32 +98,25 @@ def per_cpu_second(call, repeat):
     return repeat / (time.process_time() - start)
 
 
-def measure(source, root, workers, fraction, plain):
-    """Convert a share and then all of a source as typed, and print the rates beside the decoder's."""
-    done, memory = [], []
-    for share in (fraction, 1):
-        out = root.parent / f"{source}_{share:g}"
-        command = [ROOT / "prepare_data.py", source, "--input", root, "--out", out, "--workers", workers]
-        process = subprocess.Popen([sys.executable, *command, "--fraction", str(share)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        status, usage = os.wait4(process.pid, 0)[1:]
-        assert status == 0, f"prepare_data.py {source} ended with {os.waitstatus_to_exitcode(status)}"
-        episodes = json.loads((out / "dataset.json").read_text())["counts"]["episodes"]
-        done.append(np.array([episodes, usage.ru_utime + usage.ru_stime]))
-        memory.append(f"{usage.ru_maxrss / 1024:.0f} MB for {episodes}")
-    few, whole = done
-    rates = [episodes / seconds for episodes, seconds in (whole, whole - few)]
+def measure(source, root, workers, plain):
+    """Convert a source as typed, and print the rate beside the decoder's. -> the dataset's folder"""
+    out = root.parent / f"{source}_data"
+    command = [sys.executable, ROOT / "prepare_data.py", source, "--input", root, "--out", out]
+    process = subprocess.Popen([*command, "--workers", workers], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    status, usage = os.wait4(process.pid, 0)[1:]
+    assert status == 0, f"prepare_data.py {source} ended with {os.waitstatus_to_exitcode(status)}"
+    episodes = json.loads((out / "dataset.json").read_text())["counts"]["episodes"]
+    rate = episodes / (usage.ru_utime + usage.ru_stime)
     print(f"\n{source}: episodes per CPU-second\n  decoder and resize alone   {plain:6.1f}\n"
-          f"  prepare_data.py            {rates[0]:6.1f} = {rates[0] / plain:.0%}\n"
-          f"  without its start-up       {rates[1]:6.1f} = {rates[1] / plain:.0%}\n"
-          f"  peak memory                {', '.join(memory)} episodes")
+          f"  prepare_data.py            {rate:6.1f} = {rate / plain:.0%}, start-up included\n"
+          f"  peak memory                {usage.ru_maxrss / 1024:.0f} MB for {episodes} episodes")
     return out
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=prepare_data.HelpFormatter)
     parser.add_argument("--clips", type=int, default=2000, help="half as many trajectories")
-    parser.add_argument("--few", type=int, default=200, help="episodes of the short run")
     parser.add_argument("--workers", default="2", help="processes")
     args = parser.parse_args()
     cv2.setNumThreads(1)
@@ -131,11 +124,11 @@ def main():
         folder = Path(folder)
         clips = make_clips(folder / "ssv2", args.clips)
         plain = len(clips) * per_cpu_second(lambda: list(map(plain_video, clips)), 4)
-        converted = measure("ssv2", folder / "ssv2", args.workers, args.few / args.clips, plain)
+        converted = measure("ssv2", folder / "ssv2", args.workers, plain)
         images = make_trajectories(folder / "bridge", args.clips // 2)
         full, half = (per_cpu_second(lambda: plain_images(images, flag), 20)
                       for flag in (cv2.IMREAD_COLOR, cv2.IMREAD_REDUCED_COLOR_2))
-        measure("bridge", folder / "bridge", args.workers, args.few / (args.clips // 2), full)
+        measure("bridge", folder / "bridge", args.workers, full)
         print(f"  decoder at half size, as prepare_data.py uses it, and resize alone: {half:.1f}")
         data = prepare_data.EpisodeDataset(converted, 10, future=1)
         windows = iter(np.random.default_rng(0).integers(len(data), size=20_000).tolist())

@@ -1,5 +1,6 @@
 """Claims about LIBERO, in the real simulator: repeatable episodes, the same pictures as the converter's."""
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -86,7 +87,7 @@ def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
         assert not prepare_data.observed_after(demo)
     command = ["libero", "--render", "--input", str(tmp_path), "--out", str(tmp_path / "out"), "--image-size",
                "64", "--workers", "1", "--min-frames", "3"]
-    with pytest.raises(InputError, match="none of the 2 items can be used .*no success"):
+    with pytest.raises(InputError, match="none of the 2 items can be used, .*no success"):
         prepare_data.main(command)
     prepare_data.reset_simulator(env.sim, 99)                      # the furniture moves, and has to come back
     assert np.abs(env.sim.sim.model.body_pos - furniture).max() > 0.003
@@ -104,36 +105,34 @@ def test_the_policy_sees_what_the_converter_writes(libero, tmp_path):
             assert flipped > 10 and mirrored > 5
 
 
-def write_checkpoint(path):
-    """A policy with random weights, as finetune.py would save it."""
+def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change_nothing(libero, tmp_path):
+    """As in a container: the home folder cannot be written, there is no DISPLAY and nothing on stdin."""
     torch.manual_seed(0)
     config = dict(policy="baku", cameras=["agentview", "wrist"], image_size=32, chunk=4, text_encoder="hash",
                   proprio_dim=8, action_dim=7, latent_dim=7, latent_norm=True, head="action",
                   proprio_dropout=0.0, **(BAKU.SIZES["tiny"] | dict(width=64, layers=1, heads=2, channels=8)))
     policy = make_policy(config)
     policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7})
-    save_checkpoint(path, dict(stage="finetune", step=5, config=config, policy=policy.state_dict(), data={
-        "instructions": [SOUP.replace("_", " ")], "action": prepare_data.LIBERO["action"]}))
-    return str(path)
+    data = {"instructions": [SOUP.replace("_", " ")], "action": prepare_data.LIBERO["action"]}
+    save_checkpoint(tmp_path / "last.pt", dict(stage="finetune", step=5, config=config,
+                                               policy=policy.state_dict(), data=data))
 
+    def flags(workers):
+        return ["--env", "libero_object", "--checkpoint", str(tmp_path / "last.pt"), "--episodes", "2",
+                "--first", "7", "--max-steps", "8", "--execute", "2", "--workers", workers, "--video", "1",
+                "--no-controls", "--out", str(tmp_path / workers)]
 
-def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change_nothing(libero, tmp_path):
-    """As in a container: the home folder cannot be written, there is no DISPLAY and nothing on stdin."""
-    checkpoint = write_checkpoint(tmp_path / "last.pt")
-    outcomes = []
-    for workers in ("2", "1"):
-        out = tmp_path / workers
-        code = ("import os, sys; os.environ.pop('DISPLAY', None); os.environ['HOME'] = '/dev/null/nowhere'; "
-                "import evaluate; evaluate.main(sys.argv[1:])")
-        flags = ["--env", "libero_object", "--checkpoint", checkpoint, "--episodes", "2", "--first", "7",
-                 "--max-steps", "8", "--execute", "2", "--workers", workers, "--out", str(out), "--video",
-                 "1", "--no-controls"]
-        done = subprocess.run([sys.executable, "-c", code, *flags], stdin=subprocess.DEVNULL, text=True,
-                              capture_output=True, cwd=Path(evaluate.__file__).parent)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-        outcomes.append({(x["task"], x["start"]): (x["success"], x["actions"])
-                         for x in read_lines(out / "episodes.jsonl")})
-    assert outcomes[0] == outcomes[1] and sorted(outcomes[0]) == [(SOUP, 7), (SOUP, 8)]
+    def outcomes(workers):
+        return {(x["task"], x["start"]): (x["success"], x["actions"])
+                for x in read_lines(tmp_path / workers / "episodes.jsonl")}
+    environment = {**os.environ, "HOME": "/dev/null/nowhere"}
+    environment.pop("DISPLAY", None)
+    done = subprocess.run([sys.executable, evaluate.__file__, *flags("2")], stdin=subprocess.DEVNULL,
+                          text=True, capture_output=True, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    evaluate.main(flags("1"))
+    assert outcomes("1") == outcomes("2") and sorted(outcomes("1")) == [(SOUP, 7), (SOUP, 8)]
+    out = tmp_path / "2"
     assert (out / "videos" / f"{SOUP}_7_failure.mp4").stat().st_size > 1000
     settings = read_json(out / "results.json")["settings"]
     assert {"mujoco", "robosuite", "libero", "assets", "settle", "gl"} <= set(settings)

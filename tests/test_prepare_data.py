@@ -141,14 +141,14 @@ def test_items_collate_to_batches_and_what_is_not_stored_is_absent(counting, tmp
     assert data[0]["obs"].keys() == {"images", "instruction"} and data.action_dim is None
 
 
-def test_statistics_are_numpys_without_the_hold_action(counting):
-    actions = np.concatenate([np.arange(T - 1)[:, None] + 100 * e + np.linspace(0, 0.5, 7)
-                              for e, T in enumerate(LENGTHS)]).astype(np.float32).astype(np.float64)
-    stats = EpisodeDataset(counting, 1).stats
-    for name, value in {"max": actions.max(0), "mean": actions.mean(0), "std": actions.std(0),
-                        "q01": np.quantile(actions, 0.01, axis=0)}.items():
-        np.testing.assert_allclose(stats["actions"][name], value, rtol=1e-12)
-    assert stats["proprio"]["max"][0] == 900 + LENGTHS[9] - 1
+def test_the_limits_for_a_normaliser_leave_out_hold_actions_and_other_splits(counting):
+    for split, episodes in (("all", range(10)), ("val", [9])):
+        rows = np.concatenate([np.arange(LENGTHS[e] - 1)[:, None] + 100 * e + np.linspace(0, 0.5, 7)
+                               for e in episodes]).astype(np.float32)
+        data = EpisodeDataset(counting, 1, split=split)
+        assert np.array_equal(data.values("actions"), rows)
+        assert np.array_equal(data.limits("actions")["max"], rows.max(0))
+        assert data.limits("proprio")["max"][0] == 900 + LENGTHS[9] - 1
 
 
 def test_split_by_episode_is_stable_and_covers_every_task(tmp_path):
@@ -169,8 +169,8 @@ def test_split_by_episode_is_stable_and_covers_every_task(tmp_path):
 # ---- killed, resumed, parallel -----------------------------------------------------------------------------
 
 def test_a_killed_worker_or_a_full_disk_ends_the_run_and_resume_finishes_it(counting, tmp_path, monkeypatch):
-    """A worker is killed, then a job and then the writer of a shard meet a full disk. In the end, the bytes are
-    those of an uninterrupted run; finished shards were not touched, and only the rest was read again."""
+    """A worker is killed, then a job and then the writer of a shard meet a full disk. In the end, the bytes
+    are those of an uninterrupted run; finished shards were not touched, and only the rest was read again."""
     def stamps():
         return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.glob("0*.h5")}
 
