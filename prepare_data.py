@@ -120,9 +120,8 @@ def walk(root):
 
 def find_files(root, *endings):
     """-> paths of the files below root with these endings, relative to root, in natural order."""
-    return sorted((os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-                   for folder, _, names in walk(root) for name in names if name.lower().endswith(endings)),
-                  key=natural)
+    return sorted((os.path.relpath(os.path.join(folder, name), root) for folder, _, names in walk(root)
+                   for name in names if name.lower().endswith(endings)), key=natural)
 
 
 def natural(text):
@@ -140,8 +139,7 @@ def drawn(name, args):
 
 def check_output(folder, args):
     """InputError when the folder holds files of others, or ours without --resume or --overwrite."""
-    held = sorted(os.listdir(folder)) if os.path.exists(folder) else []
-    held = [name for name in held if not name.endswith(".tmp")]
+    held = [name for name in sorted(glob.glob("*", root_dir=folder)) if not name.endswith(".tmp")]
     if held and "arguments.json" not in held:
         raise InputError(f"{folder} holds other files ({held[0]}, ...): give another folder with --out")
     check_free(folder, held, args)
@@ -429,7 +427,7 @@ def tree_trajectories(root):
     for folder, below, _ in walk(root):
         below[:] = [name for name in below if "lmdb" not in name]
         if os.path.basename(folder).startswith("traj_group"):
-            found |= {os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"): None
+            found |= {os.path.relpath(os.path.join(folder, name), root): None
                       for name in below if name.startswith("traj")}
             below.clear()
     return found
@@ -437,8 +435,8 @@ def tree_trajectories(root):
 
 def tree_files(folder):
     """Files of one trajectory -> {relative name: path}."""
-    names = [name for pattern in ("*", "images*/*") for name in glob.glob(pattern, root_dir=folder)]
-    files = {name.replace(os.sep, "/"): os.path.join(folder, name) for name in names}
+    files = {name: os.path.join(folder, name) for pattern in ("*", "images*/*")
+             for name in glob.glob(pattern, root_dir=folder)}
     config = os.path.normpath(os.path.join(folder, "../../../config.json"))
     return files | {"config.json": config} if os.path.isfile(config) else files
 
@@ -1137,9 +1135,10 @@ def film_twin(args):
 
 # ---- the sources -------------------------------------------------------------------------------------------
 
-# episodes  generator of (name, job) from the parsed arguments. job() reads one episode, in any process, and
-#           returns {"images": {camera: T JPEGs}, "instructions": [str], "fps": float} and, where there are
-#           any, "actions": (T-1, A) and "proprio": (T, P). Or it raises Reject
+# episodes  generator of (name, job) for every item, from the parsed arguments; --fraction then selects some.
+#           job() reads one episode, in any process, and returns {"images": {camera: T JPEGs}, "instructions":
+#           [str], "fps": float} and, where there are any, "actions": (T-1, A) and "proprio": (T, P), or
+#           raises Reject
 # about     attributes of the dataset, or a function that makes them from the parsed arguments: "cameras",
 #           "action" and "proprio" as vector() makes them, or None
 # flags     of this source alone: {"--name": arguments of argparse's add_argument}
@@ -1155,7 +1154,10 @@ def vector(names, units, frame, gripper, delta=None):
 
 def words(text):
     """Comma-separated words -> list, each one once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    found = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError("expected words, separated by commas")
+    return found
 
 
 CHANGES = [True] * 6 + [False]           # the canonical action: six changes per step, the gripper's target
