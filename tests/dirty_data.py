@@ -542,8 +542,9 @@ MAKERS = {"ssv2": make_ssv2, "videos": make_videos, "bridge": make_bridge, "libe
 
 def convert(source, root, out, *flags):
     """Run the converter, as typed. -> (what it printed, its error message or None)."""
-    if source == "videos" and flags[:1] not in (("--captions",), ("--instruction",)):
-        flags = ("--captions", f"{root}/../captions.csv", *flags)
+    captions = Path(root).parent / "captions.csv"
+    if source == "videos" and captions.exists():
+        flags = ("--captions", str(captions), *flags)
     printed, message = io.StringIO(), None
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
         try:

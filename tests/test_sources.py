@@ -18,7 +18,7 @@ import torch
 
 import dirty_data
 import prepare_data
-from dirty_data import SIZE, annotations_of, convert, outcomes, picture, read_picture, table, write_video
+from dirty_data import annotations_of, convert, outcomes, picture, read_picture, table, write_video
 from prepare_data import EpisodeDataset, Mixture, Reject
 from test_prepare_data import content, error
 
@@ -93,6 +93,32 @@ def test_action_k_stands_beside_frame_k_in_every_window(made, source):
         assert {t for _, t in windows} >= {0, 1} and len(windows) > 5
 
 
+@pytest.mark.parametrize("source, dirt, texts", [
+    ("ssv2", "label differs from its template", ["pushing a stress reliever"]),
+    ("ssv2", "label has / and \\", ["pulling a/c remote, a\\c remote"]),
+    ("ssv2", "label has a Cyrillic letter", ["holding \u0430 cup"]),
+    ("ssv2", "spaces and a line break in the label", ["pushing it"]),
+    ("bridge", "two annotations and a confidence line", ["take it", "grab it"]),
+    ("bridge", "lang.txt in Mac Roman", ["put the caf\u00e9 there"]),
+    ("bridge", "lang.txt without a last newline", ["take it"]),
+    ("bridge", "no lang.txt", [""]), ("bridge", "an empty lang.txt", [""]),
+    ("libero", "nothing", ["put it away"]), ("libero", "no problem_info: name says it", ["open it"]),
+    ("libero", "instruction in quotes", ["turn it on", "quoted"]),
+    ("libero", "instruction is a list of words", ["turn it off", "listed"]),
+    ("lerobot", "begins in the middle of a video", ["move it", "shove it"]), ("lerobot", "no task", [""]),
+    ("realman", "nothing", ["Stack."])])
+def test_annotations_are_all_kept_and_cleaned(made, source, dirt, texts):
+    name = next(item.name for item in made(source).items if item.dirt == dirt)
+    assert annotations_of(made(source).out)[name] == texts
+
+
+def test_items_are_in_the_order_of_their_numbers(made):
+    clips, demos = annotations_of(made("ssv2").out), annotations_of(made("libero").out)
+    assert list(clips) == sorted(clips, key=int) != sorted(clips)
+    assert [name for name in demos if name.startswith("put_it_away")] == [
+        "put_it_away_demo.hdf5/demo_2", "put_it_away_demo.hdf5/demo_10"]
+
+
 def test_two_processes_write_the_same_bytes_and_check_writes_nothing(made, tmp_path):
     videos = made("videos")
     convert("videos", videos.root, tmp_path / "two", "--workers", "2")
@@ -140,13 +166,6 @@ def test_links_are_followed_once_and_our_own_output_is_not_input(made, tmp_path)
 
 
 # ---- Something-Something v2, videos ------------------------------------------------------------------------
-
-def test_the_label_is_kept_as_written_and_clips_are_in_numeric_order(made):
-    texts = annotations_of(made("ssv2").out)
-    assert list(texts) == sorted(texts, key=int) != sorted(texts)
-    assert texts["3"] == ["pushing a stress reliever"] and texts["7"] == ["pushing it"]
-    assert texts["4"] == ["pulling a/c remote, a\\c remote"] and texts["5"] == ["holding \u0430 cup"]
-
 
 def test_other_layouts_of_ssv2(tmp_path):
     """Labels and clips lie side by side, under the names of another release. Nothing usable: no dataset."""
@@ -205,7 +224,7 @@ def test_a_name_that_is_no_text_is_read(made, tmp_path):
     (tmp_path / "in").mkdir()
     with open(os.fsencode(tmp_path / "in") + b"/v\xe9.mp4", "wb") as f:
         f.write((made("videos").root / "whole.mp4").read_bytes())
-    convert("videos", tmp_path / "in", tmp_path / "d", "--instruction", "move")
+    convert("videos", tmp_path / "in", tmp_path / "d")
     assert outcomes(tmp_path / "d") == {"v\\udce9.mp4": "24 frames"}
 
 
@@ -283,15 +302,6 @@ def test_a_dangling_link_is_one_reject_and_a_dated_folder_may_be_the_input(made,
     assert list(outcomes(tmp_path / "dated").values()) == ["13 frames"], "the date in the path above counts"
 
 
-def test_annotations_are_all_kept_and_cleaned(made):
-    dirt = {item.dirt: item.name for item in made("bridge").items}
-    texts = annotations_of(made("bridge").out)
-    assert texts[dirt["two annotations and a confidence line"]] == ["take it", "grab it"]
-    assert texts[dirt["lang.txt in Mac Roman"]] == ["put the caf\u00e9 there"]
-    assert texts[dirt["lang.txt without a last newline"]] == ["take it"], "not 'take i'"
-    assert texts[dirt["no lang.txt"]] == texts[dirt["an empty lang.txt"]] == [""]
-
-
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_bridge_from_the_zip_is_bridge_from_the_folder(made, tmp_path, compression):
     """Also with a comment and what macOS adds. A damaged member is a reject, a cut zip one line."""
@@ -341,16 +351,6 @@ def test_cameras_of_bridge_are_found_by_folder_or_by_name(made, tmp_path):
 
 # ---- LIBERO ------------------------------------------------------------------------------------------------
 
-def test_libero_demos_keep_their_numeric_order_and_instructions(made):
-    texts = annotations_of(made("libero").out)
-    mine = [name for name in texts if name.startswith("put_it_away")]
-    assert mine == ["put_it_away_demo.hdf5/demo_2", "put_it_away_demo.hdf5/demo_10"]
-    assert texts[mine[0]] == ["put it away"]
-    assert texts["KITCHEN_SCENE1_open_it_demo.hdf5/demo_0"] == ["open it"]
-    assert texts["quoted_demo.hdf5/demo_0"] == ["turn it on", "quoted"]
-    assert texts["listed_demo.hdf5/demo_0"] == ["turn it off", "listed"]
-
-
 def test_demonstrations_that_fail_are_rejected_unless_asked_for(made, tmp_path):
     """Those of a task in which none succeeds, too: each is named and counted, none vanishes."""
     failed = {item.name for item in made("libero").items if item.expected == "no success"}
@@ -398,10 +398,9 @@ def test_axis_angle_is_continuous_where_the_hand_points_down():
 # ---- LeRobot, Realman --------------------------------------------------------------------------------------
 
 def test_lerobot_attributes_tasks_and_flags(made, tmp_path):
-    data, texts = EpisodeDataset(made("lerobot").out, 1), annotations_of(made("lerobot").out)
+    data = EpisodeDataset(made("lerobot").out, 1)
     assert data.cameras == ["front", "wrist"], "the depth camera is left out"
     assert data.attrs["action"]["names"][0] == "x" and data.attrs["action"]["delta"] == prepare_data.CHANGES
-    assert texts["episode-000001"] == ["move it", "shove it"] and texts["episode-000008"] == [""]
     assert "frame 8" in dict(rejects_of(made("lerobot").out).values())["several tasks"]
     convert("lerobot", made("lerobot").root, tmp_path / "d", "--action-kind", "absolute", "--flip", "both",
             "--cameras", "front")
@@ -429,10 +428,10 @@ def test_odd_lerobot_metadata_is_one_line(made, tmp_path, monkeypatch):
     assert "pip install pyarrow" in convert("lerobot", tmp_path, tmp_path / "d")[1]
 
 
-def test_takes_keep_the_attributes_of_the_arm(made):
+def test_takes_keep_what_the_arm_says_about_them(made):
     data = EpisodeDataset(made("realman").out, 1)
-    assert data.attrs["action"] == prepare_data.ACTION and data.cameras == ["front", "side"]
-    assert data.instructions == ["Stack."] and data.fps == 20
+    assert data.attrs["action"] == prepare_data.ACTION and data.fps == 20
+    assert data.cameras == ["front", "side"]
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------
