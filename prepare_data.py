@@ -1450,8 +1450,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
            "frames": (n+1, 3V, H, W) uint8 if future, "actions": (n, A) f4 if stored, "is_pad": (n,) bool,
            "episode": int, "t": int, "instruction_id": int}. InputError for what the data cannot give.
 
-    All arrays of a shard are contiguous. Their positions are noted once (8 bytes of memory per frame and
-    camera), and a window is read with plain file reads: no open handle, so any process may use the object.
+    Memory holds all actions and proprio, and the positions of the frames in the files (8 bytes per frame and
+    camera). A window's frames are one plain file read: no open handle, so any process may use the object.
     """
 
     def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, stride=1,
@@ -1480,19 +1480,20 @@ class EpisodeDataset(torch.utils.data.Dataset):
         self._ends = np.cumsum(np.maximum(self.lengths[self.episodes] - stride, 0))    # end of its windows
 
     def _read_index(self):
-        """Note where everything lies in the files, and the instruction of each episode."""
-        rows, texts, self._where = [], [], []                    # rows: (shard, first frame, frames)
+        """Note where the frames lie in the files, and the instruction of each episode; read all numbers."""
+        rows, texts, self._where, tables = [], [], [], {key: [] for key in self.about}
         for k, path in enumerate(self._paths):
             with open_shard(path) as f:
                 start = f["episode_start"][:].tolist()
                 texts += [json.loads(text)[0] for text in f["instruction"].asstr()[:]]
-                where = {key: f[key].id.get_offset() for key in self.about if key in f}
-                for camera in self.cameras:                      # (N+1,): position of each frame in the file
-                    jpg, offset = f[f"images/{camera}/jpg"].id.get_offset(), f[f"images/{camera}/offset"][:]
-                    where[camera] = offset + (jpg or 0)          # None: every item of this shard was rejected
-                self._where.append(where)
+                for key in tables.keys() & f.keys():             # absent where every item was rejected
+                    tables[key].append(f[key][:])
+                self._where.append({camera: f[f"images/{camera}/offset"][:] + (        # (N+1,) bytes
+                    f[f"images/{camera}/jpg"].id.get_offset() or 0) for camera in self.cameras})
             rows += [(k, first, end - first) for first, end in zip(start, start[1:])]
-        self._place, self.lengths = np.array(rows)[:, :2], np.array(rows)[:, 2]
+        self._place, self.lengths = np.array(rows)[:, :2], np.array(rows)[:, 2]      # shard, first frame
+        self._tables = {key: np.concatenate(parts) for key, parts in tables.items()}                 # (N, D)
+        self._first_row = np.cumsum(self.lengths) - self.lengths
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
 
@@ -1513,18 +1514,10 @@ class EpisodeDataset(torch.utils.data.Dataset):
                                  f"({split}) has {len(mine)} of {text!r}: ask for fewer, or prepare more")
         return np.sort(np.concatenate([mine[:demos_per_task] for mine in per_task]))
 
-    def _read(self, shard, place, count, dtype=np.uint8):
-        """-> (count,) numbers that begin at byte `place` of a shard."""
-        data = np.fromfile(self._paths[shard], dtype, count, offset=place)
-        if len(data) < count:
-            raise InputError(f"{self._paths[shard]} ends too early: copy or make the dataset again")
-        return data
-
     def _rows(self, episode, key, first, count):
         """Rows first, first+1, ... of an episode's actions or proprio -> (count, D) float32."""
-        (shard, start), width = self._place[episode], len(self.about[key]["names"])
-        place = self._where[shard][key] + 4 * width * (start + first)
-        return self._read(shard, place, count * width, np.float32).reshape(count, width)
+        first += self._first_row[episode]
+        return self._tables[key][first:first + count]
 
     def values(self, key):
         """-> (N, D) all "actions" of the split, merged over the stride and without the hold actions, or all
@@ -1565,7 +1558,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         shard, start = self._place[episode]
         real = min(count, (self.lengths[episode] - 1 - first) // stride + 1)
         places = self._where[shard][camera][start + first:start + first + (real - 1) * stride + 2]
-        data = self._read(shard, places[0], places[-1] - places[0])
+        data = np.fromfile(self._paths[shard], np.uint8, places[-1] - places[0], offset=places[0])
         frames = np.empty((count, 3, self.image_size, self.image_size), np.uint8)
         for k in range(real):
             a, b = places[k * stride:k * stride + 2] - places[0]
@@ -1593,7 +1586,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         if self.future:
             item["frames"] = torch.cat([images[c] for c in self.cameras[:self.future]], 1)   # (n+1, 3V, H, W)
         if "proprio" in self.about:
-            item["obs"]["proprio"] = torch.from_numpy(self._rows(episode, "proprio", t, 1)[0])   # (P,)
+            item["obs"]["proprio"] = torch.tensor(self._rows(episode, "proprio", t, 1)[0])       # (P,)
         if "actions" in self.about:                                      # the last row is the hold action
             rows = self._rows(episode, "actions", t, min(n * s, last + 1 - t))
             rows = rows[np.minimum(np.arange(n * s), len(rows) - 1)].reshape(n, s, -1)           # (n, s, A)
