@@ -1061,7 +1061,7 @@ def film_robot(task, seeds, args):
             "proprio": [o["proprio"] for o in observations]}
 
 
-def film_hand(task, seeds, args, path):
+def film_hand(path, task, seeds, args):
     """Job: one performance by the hand, written as a .webm of VP9. Its bytes differ from run to run, because
     the container holds a random number; its decoded frames do not."""
     observations, _ = perform(twin("hand", HAND_SIZE, (VIDEO_CAMERA,), args.spread), task, seeds)
@@ -1103,16 +1103,15 @@ def film_hand_videos(args, folder):
         return 0.0
     for name in (SSV2_CLIPS, "labels"):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
-    paths = [os.path.join(folder, SSV2_CLIPS, f"{i}.webm") for i in range(1, len(starts) + 1)]
-    jobs = [functools.partial(film_hand, task, seeds, args, path)
-            for (_, task, seeds), path in zip(starts, paths) if not os.path.exists(path)]
-    results = list(tqdm(run_jobs(jobs, args.workers), folder, len(starts), initial=len(starts) - len(jobs),
+    films = [(os.path.join(folder, SSV2_CLIPS, f"{i}.webm"), task, seeds)
+             for i, (_, task, seeds) in enumerate(starts, 1)]
+    jobs = [functools.partial(film_hand, *film, args) for film in films if not os.path.exists(film[0])]
+    results = list(tqdm(run_jobs(jobs, args.workers), folder, len(films), initial=len(films) - len(jobs),
                         unit="video"))
-    texts = [TASKS[task].instruction for _, task, _ in starts]
-    labels = [{"id": str(i), "label": text, "template": text, "placeholders": []}
-              for i, (path, text) in enumerate(zip(paths, texts), 1) if os.path.exists(path)]
+    labels = [{"id": str(i), "label": (text := TASKS[task].instruction), "template": text, "placeholders": []}
+              for i, (path, task, _) in enumerate(films, 1) if os.path.exists(path)]
     write_json(os.path.join(folder, "labels", "train.json"), labels)
-    return report(folder, f"{len(labels)} videos", len(starts),
+    return report(folder, f"{len(labels)} videos", len(films),
                   [result.args[0] for result in results if isinstance(result, Reject)])
 
 
