@@ -65,8 +65,6 @@ class TextEncoder:
     DIM = {"hash": 512, "minilm": 384, "clip": 512}                                   # L
 
     def __init__(self, name="hash"):
-        if name not in self.DIM:
-            raise InputError(f"the text encoder is one of {', '.join(self.DIM)}, got {name!r}")
         self.name, self.embed = name, functools.cache(self.hashed if name == "hash" else self.embedded)
         if name == "hash":
             return
@@ -387,19 +385,16 @@ class Policy(nn.Module):
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
     def preprocess(self, obs):
-        """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception: the
-        only path into the network. InputError when obs is not what the policy was made for."""
-        if not set(self.cameras) <= set(obs["images"]):
-            raise InputError(f"the policy needs the cameras {self.cameras}, the observation has "
-                             f"{sorted(obs['images'])}")
-        image, wanted = obs["images"][self.cameras[0]], self.config["image_size"]
-        if image.shape[-1] != wanted:
-            raise InputError(f"the policy needs images of {wanted} pixels, got {image.shape[-1]}: prepare "
-                             f"the data with --image-size {wanted}")
-        if isinstance(obs["instruction"], str) or len(obs["instruction"]) != len(image):
-            raise InputError(f"{len(image)} observations need a list of {len(image)} instructions, got "
-                             f"{obs['instruction']!r}")
-        text = torch.from_numpy(text_encoder(self.config["text_encoder"])(obs["instruction"]))
+        """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception.
+        InputError when obs is not what the policy was made for."""
+        size, got = self.config["image_size"], {c: x.shape[-1] for c, x in obs["images"].items()}
+        if any(got.get(c) != size for c in self.cameras):
+            raise InputError(f"the policy needs the cameras {self.cameras} with images of {size} pixels "
+                             f"(prepare_data.py --image-size), got {got}")
+        image, words = obs["images"][self.cameras[0]], obs["instruction"]
+        if len(words) != len(image):
+            raise InputError(f"{len(image)} observations need a list of {len(image)} instructions: {words!r}")
+        text = torch.from_numpy(text_encoder(self.config["text_encoder"])(words))
         obs = {**obs, "instruction": text.to(image.device)}
         if self.config["proprio_dim"]:
             if "proprio" not in obs:
@@ -408,14 +403,12 @@ class Policy(nn.Module):
         return obs
 
     def encode(self, obs):
+        """Raw obs -> features: the only path into the network."""
         return self.features(self.preprocess(obs))
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
-        differentiable. InputError if the head produces actions."""
-        if self.head == "action":
-            raise InputError("this policy was finetuned and has no latent actions: give a checkpoint of "
-                             "pretrain.py")
+        differentiable. The head "action" has none."""
         return self.to_latents(self.encode(obs))
 
     def to_latents(self, features):
@@ -644,25 +637,19 @@ class DiffusionPolicy(Policy):
         ab = self.alpha_bar[tau][:, None, None]
         return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
 
-    def sample(self, x, velocity):
-        """DDIM sampler (Song et al. 2021): noise x (B, n, A), velocity(x, tau (B,)) -> v ->
-        chunk (B, n, A) in [-1, 1].
+    def to_actions(self, condition, noise=None):
+        """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> chunk (B, n, A) in [-1, 1].
 
         x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step and ^a is clipped to [-1, 1].
         """
+        x = self.noise(condition, self.config["action_dim"]) if noise is None else noise
         taus = torch.linspace(self.STEPS - 1, 0, self.SAMPLER_STEPS).round().long().tolist()
-        for tau, after in zip(taus, [*taus[1:], None]):
+        for tau, after in zip(taus, [*taus[1:], 0]):            # the x of the last step is not used
             tau = torch.full((len(x),), tau, device=x.device)
-            a, noise = self.split(x, tau, velocity(x, tau))
-            a = a.clamp(-1, 1)
-            if after is not None:
-                ab = self.alpha_bar[after]
-                x = ab.sqrt() * a + (1 - ab).sqrt() * noise
+            a, noise = self.split(x, tau, self.velocity(x, tau, condition))
+            a, ab = a.clamp(-1, 1), self.alpha_bar[after]
+            x = ab.sqrt() * a + (1 - ab).sqrt() * noise
         return a
-
-    def to_actions(self, condition, noise=None):
-        noise = self.noise(condition, self.config["action_dim"]) if noise is None else noise
-        return self.sample(noise, lambda x, tau: self.velocity(x, tau, condition))
 
     def to_latents(self, condition):
         x = self.noise(condition, self.config["latent_dim"])
@@ -940,9 +927,7 @@ class WorldModel(nn.Module):
         self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten())
         self.rssm = RSSM(size, embed, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
-        if halved >= len(channels):
-            raise InputError(f"images of {config['image_size']} pixels are too small for --target "
-                             f"{config['target']}: use larger images, or --target pixels")
+        assert halved < len(channels), f"images of {config['image_size']} pixels are too small for the target"
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
         self.decoder = nn.Sequential(
             *convolutions(nn.ConvTranspose2d, channels),
@@ -1140,7 +1125,7 @@ class ActionChunker:
 # ---- linear probe -----------------------------------------------------------------------------------------
 
 
-def ridge_probe(X, Y, X_test, episode, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
+def ridge_probe(X, Y, X_test, episode):
     """Linear probe by ridge regression: X (N, dx), Y (N, dy), X_test (M, dx) -> predictions (M, dy).
 
     Columns are standardised with the training rows, whose episodes are episode (N,). The ridge is chosen by
@@ -1153,7 +1138,7 @@ def ridge_probe(X, Y, X_test, episode, ridges=(10.0, 1.0, 1e-1, 1e-2, 1e-3)):
     std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column becomes 0
     x, y = (X - X.mean(0)) / std_x, Y - Y.mean(0)
     episodes, number = np.unique(episode, return_inverse=True)
-    folds, ridge = min(5, len(episodes)), 1.0
+    folds, ridge, ridges = min(5, len(episodes)), 1.0, (10.0, 1.0, 1e-1, 1e-2, 1e-3)
     if folds > 1:
         fold = np.random.default_rng(0).permutation(len(episodes))[number] % folds    # (N,)
         inside = [fold != k for k in range(folds)]
@@ -1319,16 +1304,12 @@ def init_from_pretrained(policy, weights, path):
     UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
     not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
-    def named(key, *prefixes):
-        return any(part.startswith(prefixes) for part in key.split("."))
-
     own = policy.state_dict()
     # What touches actions is never copied: their number and units may differ.
-    loaded = [k for k in own if k in weights
-              and not named(k, "action_in", "action_out", "action_norm", "style_action_in")]
+    loaded = [k for k in own if k in weights and not re.search(r"\b(style_)?action_", k)]
     new, unused = [k for k in own if k not in loaded], [k for k in weights if k not in loaded]
     wrong = [k for k in loaded if own[k].shape != weights[k].shape] + [
-        k for k in new + unused if not named(k, "action_", "latent_", "style_", "camera_", "proprio_")]
+        k for k in new + unused if not re.search(r"\b(action|latent|style|camera|proprio)_", k)]
     if wrong:
         theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))
         raise InputError(f"{path} has another architecture: {len(wrong)} tensors do not fit; {wrong[0]} is "
@@ -1433,26 +1414,23 @@ def count(module):
 
 
 def main():
-    """Print the parameters, in millions, of every size of every model and of its parts. Policies have two
-    cameras and proprioception; images have 64 pixels for the sizes tiny and 1m, else 128."""
+    """Print the parameters, in millions, of every size of every model. Policies have two cameras and
+    proprioception; images have 64 pixels for the sizes tiny and 1m, else 128."""
     # The release (baheytharwat/lawm at 18957d0) has BAKU 7.71, diffusion 51.14, world models 1m 1.81, 12m
     # 28.94, 25m 65.10, 50m 115.72, 100m 260.32 and 200m 462.76: BatchNorm, a dense GRU, a deeper decoder.
     policy = dict(cameras=["front", "side"], text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7,
                   latent_norm=True, head="action", proprio_dropout=0.0)
-    world = dict(action_dim=7, views=1, predict="posterior", target="pixels", motion_weight=0, free_bits=1,
-                 dyn_scale=0.5, rep_scale=0.1, decode_steps=0, context_frame=True)
-    rows = [("model", "parameters", "parts")]
+    rows = [("model", "million parameters")]
     with torch.device("meta"):                                                        # shapes without numbers
-        sized = [(f"{name} {size}", make_policy({**policy, **numbers, "policy": name, "chunk": cls.CHUNK,
-                                                 "image_size": 64 if size == "tiny" else 128}))
-                 for name, cls in POLICIES.items() for size, numbers in cls.SIZES.items()]
-        sized += [(f"world model {size}", WorldModel({**world, "size": size,
-                                                      "image_size": 64 if size in ("tiny", "1m") else 128}))
-                  for size in WORLD_MODEL_SIZES]
-    for name, model in sized:
-        parts = [(part, count(module) / 1e6) for part, module in model.named_children()]
-        rows.append((name, f"{count(model) / 1e6:.2f}",
-                     ", ".join(f"{part} {size:.2f}" for part, size in parts if size > 0.005)))
+        for name, cls in POLICIES.items():
+            for size, numbers in cls.SIZES.items():
+                model = cls({**policy, **numbers, "chunk": cls.CHUNK,
+                             "image_size": 64 if size == "tiny" else 128})
+                rows.append((f"{name} {size}", f"{count(model) / 1e6:.2f}"))
+        for size in WORLD_MODEL_SIZES:
+            model = WorldModel(dict(size=size, image_size=64 if size in ("tiny", "1m") else 128, views=1,
+                                    action_dim=7, target="pixels"))
+            rows.append((f"world model {size}", f"{count(model) / 1e6:.2f}"))
     print(markdown_table(rows))
 
 
