@@ -15,7 +15,7 @@ through z into the policy. Apart from z, neither model knows the other.
     (Eq. 4) decoder           WorldModel.decode       (Eq. 8, 9) are in cca.py
 
 Sections: text, normaliser, observations, policies, world model, chunk execution, linear probe, and last the
-bookkeeping of runs (errors, files, checkpoints, logs). `python models.py` prints the size of every model.
+bookkeeping of runs (errors, files, checkpoints, logs).
 
 Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action width, A action width,
 P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,
@@ -354,7 +354,7 @@ class Policy(nn.Module):
     row per action. Finetuning may add or drop the parameters that init_from_pretrained names, no others.
     """
 
-    SIZES = {}          # name -> the entries of config that this class adds
+    SIZES = {}          # name -> the entries of config that this class adds; paper, or tiny for two CPU cores
     CHUNK = 10          # default of n
     EXECUTE = 0         # default of evaluate.py --execute: actions per chunk; 0 = temporal ensembling
     EMA = 0.0           # default of finetune.py --ema: decay of the averaged weights; 0 = no averaging
@@ -457,8 +457,8 @@ class BAKU(Policy):
 
     UPSTREAM: causal attention, which is equivalent without a history and with the query last.
     """
-    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),
-             "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}      # for two CPU cores
+    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),   # 7.6 million parameters
+             "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}    # 1.0
 
     def __init__(self, config):
         super().__init__(config)
@@ -487,7 +487,7 @@ class ACT(Policy):
     and a camera is one token, not its feature map.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
-                           style=32),                   # as in the original; LAWM's paper has no ACT
+                           style=32),   # 31 million parameters, as in the original; LAWM's paper has no ACT
              "tiny": dict(width=128, layers=2, decoder_layers=1, heads=4, channels=32, dropout=0.1, style=16)}
     PER_STEP = True
 
@@ -567,8 +567,8 @@ class DiffusionPolicy(Policy):
     The latent action is ^a of a single call on pure noise (tau = 99), bounded as in every policy. Unrolling
     the sampler was slower and its latents less informative. UPSTREAM: x - ^e of a single call, unbounded.
     """
-    SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256),
-             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32)}
+    SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256),  # 51 million
+             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32)}       # 1.5
     CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # the original's. UPSTREAM: executes the mean of live chunks
     STEPS, SAMPLER_STEPS, DRAWS = 100, 10, 8
 
@@ -737,15 +737,17 @@ def make_policy(config):
 #                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
 #                                       +--> decoder (Eq. 4): decodes o_t+1 from h and either s
 
-# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent.
+# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent. Behind each its
+# parameters here, in millions, with images of 64 pixels (tiny, 1m) or 128. UPSTREAM: 1.8 (1m), 29, 65, 116,
+# 260 and 463, because of a dense GRU and a deeper decoder.
 WORLD_MODEL_SIZES = {
-    "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # ours, for laptops
-    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),
-    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),
-    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),
-    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # the paper's
-    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),
-    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),
+    "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # 1.0; ours, for laptops
+    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),         # 0.56
+    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),    # 8.9
+    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),    # 20
+    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # 36; the paper's
+    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),   # 80
+    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),  # 142
 }
 
 
@@ -1411,28 +1413,3 @@ def policy_numbers(policy, size):
 def count(module):
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def main():
-    """Print the parameters, in millions, of every size of every model. Policies have two cameras and
-    proprioception; images have 64 pixels for the sizes tiny and 1m, else 128."""
-    # The release (baheytharwat/lawm at 18957d0) has BAKU 7.71, diffusion 51.14, world models 1m 1.81, 12m
-    # 28.94, 25m 65.10, 50m 115.72, 100m 260.32 and 200m 462.76: BatchNorm, a dense GRU, a deeper decoder.
-    policy = dict(cameras=["front", "side"], text_encoder="hash", proprio_dim=7, action_dim=7, latent_dim=7,
-                  latent_norm=True, head="action", proprio_dropout=0.0)
-    rows = [("model", "million parameters")]
-    with torch.device("meta"):                                                        # shapes without numbers
-        for name, cls in POLICIES.items():
-            for size, numbers in cls.SIZES.items():
-                model = cls({**policy, **numbers, "chunk": cls.CHUNK,
-                             "image_size": 64 if size == "tiny" else 128})
-                rows.append((f"{name} {size}", f"{count(model) / 1e6:.2f}"))
-        for size in WORLD_MODEL_SIZES:
-            model = WorldModel(dict(size=size, image_size=64 if size in ("tiny", "1m") else 128, views=1,
-                                    action_dim=7, target="pixels"))
-            rows.append((f"world model {size}", f"{count(model) / 1e6:.2f}"))
-    print(markdown_table(rows))
-
-
-if __name__ == "__main__":
-    run(main)
