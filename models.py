@@ -377,7 +377,7 @@ class Policy(nn.Module):
         self.last_layers(config["latent_dim"], config["action_dim"])
 
     def last_layers(self, latent, action):
-        """Create the last layer. Everything before it keeps its weights from stage to stage."""
+        """Create the layers that stage 2 renews. All others keep their weights from stage to stage."""
         width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
         if self.head != "action":       # a bias would be cancelled by the BatchNorm
             self.latent_out = nn.Linear(width, rows * latent, bias=not self.config["latent_norm"])
@@ -408,7 +408,7 @@ class Policy(nn.Module):
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
-        differentiable. The head "action" has none."""
+        differentiable. Only with the head "latent"."""
         return self.to_latents(self.encode(obs))
 
     def to_latents(self, features):
@@ -616,21 +616,20 @@ class DiffusionPolicy(Policy):
         fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
         return fixed.to(device).expand(b, -1, -1)
 
-    def velocity(self, x, tau, condition, latent=False):
-        """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); latent: Z instead of A."""
+    def velocity(self, x, tau, condition):
+        """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); in stage 1 Z, not A."""
         half = self.config["step_width"] // 2
         frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angles = tau[:, None] * frequencies                                           # (B, step_width / 2)
         step = self.step_encoder(torch.cat([angles.sin(), angles.cos()], -1))
-        through_latents = latent or self.head == "add"
-        if not latent:
+        if self.head != "latent":
             x = self.action_in(x)
-        if through_latents:
+        if self.head != "action":
             x = self.latent_in(x)
         x = self.unet(x.transpose(1, 2), torch.cat([step, condition], -1)).transpose(1, 2)
-        if through_latents:
+        if self.head != "action":
             x = self.latent_out(x)
-        return x if latent else self.action_out(x)
+        return x if self.head == "latent" else self.action_out(x)
 
     def split(self, x, tau, velocity):
         """Noisy chunk x, its step tau (B,), v -> clean chunk ^a, noise ^e; all (B, n, width)."""
@@ -654,7 +653,7 @@ class DiffusionPolicy(Policy):
     def to_latents(self, condition):
         x = self.noise(condition, self.config["latent_dim"])
         tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
-        return self.squash(self.split(x, tau, self.velocity(x, tau, condition, latent=True))[0])
+        return self.squash(self.split(x, tau, self.velocity(x, tau, condition))[0])
 
     def loss(self, batch):
         """Denoising loss of the valid steps: batch as in Policy.loss -> scalar, {} for the log.
@@ -768,9 +767,9 @@ def dense(c_in, c_out):
     return nn.Sequential(nn.Linear(c_in, c_out), nn.RMSNorm(c_out, eps=1e-4), nn.SiLU())
 
 
-def unimix(logits, share=0.01):
+def unimix(logits):
     """Logits (..., K) -> log-probabilities of 99 % softmax + 1 % uniform, so that every KL is finite."""
-    return torch.log((1 - share) * logits.softmax(-1) + share / logits.shape[-1])
+    return torch.log(0.99 * logits.softmax(-1) + 0.01 / logits.shape[-1])
 
 
 def kl_categorical(p, q):
