@@ -132,7 +132,7 @@ class Normalizer(nn.Module):
 
 
 def shrink(frame, size, rule):
-    """Resize (H, W, 3) uint8 -> (size, size, 3) uint8. rule: squash, or crop to the centre square before.
+    """Resize (H, W, 3) uint8 -> (size, size, 3) uint8. The rule crop first cuts out the centre square.
 
     UPSTREAM: the release squashes with OpenCV's INTER_LINEAR, which skips pixels and therefore aliases. Here
     the filter is antialiased; torch's is four times as fast as OpenCV's INTER_AREA.
@@ -494,9 +494,6 @@ class ACT(Policy):
     def __init__(self, config):
         super().__init__(config)
         width, block = config["width"], (config["width"], config["heads"], config["dropout"])
-        # The evidence bound of a Laplace likelihood is sum |a - mean| + KL; l1 below is a mean, not the sum.
-        # DEVIATION: the original's weight is 10, with which the style collapses (tested).
-        self.kl_weight = 1 / (config["chunk"] * (config["action_dim"] or 1))
         self.tokens = ObservationTokens(config)
         self.encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
         self.queries = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
@@ -504,6 +501,9 @@ class ACT(Policy):
                                       for _ in range(config["decoder_layers"])])
         self.norm = nn.LayerNorm(width)
         if self.head != "latent":                       # pretraining has no actions to encode
+            # The evidence bound of a Laplace likelihood is sum |a - mean| + KL; the loss has the mean error.
+            # DEVIATION: the original's weight is 10, with which the style collapses (tested).
+            self.kl_weight = 1 / (config["chunk"] * config["action_dim"])
             self.style_action_in = nn.Linear(config["action_dim"], width)
             self.style_token = nn.Parameter(0.02 * torch.randn(width))
             self.style_places = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
@@ -869,8 +869,7 @@ def oriented_gradients(grey):
     dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
     # Shifted by a quarter of a bin: otherwise noise would move upright edges from the first bin to the last.
     bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
-    strength = torch.hypot(dx, dy)
-    votes = torch.zeros_like(strength).expand(-1, 9, -1, -1).clone().scatter_(1, bins, strength)
+    votes = (F.one_hot(bins[:, 0], 9).movedim(-1, 1) * torch.hypot(dx, dy)).contiguous()    # (B*T*V, 9, H, W)
     cells = F.avg_pool2d(votes, 4)                                                    # (B*T*V, 9, H/4, W/4)
     cells = cells / (cells.norm(dim=1, keepdim=True) + 0.05)                          # flat cells stay near 0
     return cells.unflatten(0, grey.shape[:3]).flatten(2, 3)
