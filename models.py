@@ -843,23 +843,20 @@ TARGETS = {"pixels": (3, 0), "difference": (3, 0), "features": (9, 2), "flow": (
 def targets(images, kind):
     """What the decoder must predict of a clip: images (B, n+1, 3V, H, W) uint8 -> still, future.
 
-    future (B, n, C, h, w) is the target of o_t+1 ... o_t+n; still (B, 1, C, h, w) if nothing moved.
+    still (B, 1, C, h, w) is the target of o_t, and of all later frames if nothing moves; future (B, n, C, h,
+    w) is the target of o_t+1 ... o_t+n.
     pixels      the frames, in [0, 1]
     difference  o_k - o_t, in [-1, 1]
     features    histograms of oriented gradients (MaskFeat, Wei et al. 2022): edges without colour or light
     flow        optical flow from o_k-1 to o_k (Farneback 2003), in pixels of the half-size image
     """
-    frames = images.float() / 255
-    if kind == "pixels":
-        return frames[:, :1], frames[:, 1:]
+    x = images.float() / 255
     if kind == "difference":
-        return torch.zeros_like(frames[:, :1]), frames[:, 1:] - frames[:, :1]
-    grey = frames.unflatten(2, (-1, 3)).mean(3)                                       # (B, n+1, V, H, W)
-    if kind == "features":
-        cells = oriented_gradients(grey)
-        return cells[:, :1], cells[:, 1:]
-    flow = optical_flow(grey)
-    return torch.zeros_like(flow[:, :1]), flow
+        x = x - x[:, :1]
+    elif kind != "pixels":
+        grey = x.unflatten(2, (-1, 3)).mean(3)                                        # (B, n+1, V, H, W)
+        x = oriented_gradients(grey) if kind == "features" else F.pad(optical_flow(grey), [0] * 6 + [1, 0])
+    return x[:, :1], x[:, 1:]
 
 
 def oriented_gradients(grey):
@@ -978,25 +975,25 @@ class WorldModel(nn.Module):
         return stack_states(states)
 
     def loss(self, images, actions, is_pad):
-        """Negative evidence lower bound of the video given the actions -> scalar, {name: float} for the log.
+        """(Eq. 5): total() averaged over the valid steps -> scalar, {name: float} for the log.
 
         images  (B, n+1, 3V, H, W) uint8   o_t ... o_t+n
         actions (B, n, Z)                  with gradient: here the world model teaches the policy
         is_pad  (B, n) bool                steps not to count: o_k+1 repeats the last frame of the episode
         """
-        # (Eq. 5)  L = |o_t - ^o_t|^2 + mean_k [ |o_k - ^o_k|^2
-        #              + 0.5 max(1, KL[sg(q) || p]) + 0.1 max(1, KL[q || sg(p)]) ]        (sg: stop gradient)
         terms = self.losses(images, actions, self.config["predict"], self.config["decode_steps"])
         logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items() if name != "still"}
         return masked_mean(self.total(terms), is_pad), logs
 
     def total(self, terms):
-        """The sum in (Eq. 5), per step: {name: (B, n)} from losses() -> (B, n)."""
-        kl = sum(self.config[scale] * terms[name].clamp(min=self.config["free_bits"])
-                 for scale, name in (("dyn_scale", "kl_dyn"), ("rep_scale", "kl_rep")))
-        decoded = {"posterior": ["recon"], "prior": ["open_loop"], "both": ["recon", "open_loop"]}
-        names = ["context", *decoded[self.config["predict"]]]
-        return kl + sum(terms[name] for name in names if name in terms)
+        """Negative evidence lower bound of the video, per step: {name: (B, n)} from losses() -> (B, n)."""
+        free_bits, dyn, rep = (self.config[name] for name in ("free_bits", "dyn_scale", "rep_scale"))
+        unused = {"posterior": "open_loop", "prior": "recon", "both": None}[self.config["predict"]]
+        # (Eq. 5)  L = |o_t - ^o_t|^2 + mean_k [ |o_k - ^o_k|^2
+        #              + 0.5 max(1, KL[sg(q) || p]) + 0.1 max(1, KL[q || sg(p)]) ]        (sg: stop gradient)
+        kl = dyn * terms["kl_dyn"].clamp(min=free_bits) + rep * terms["kl_rep"].clamp(min=free_bits)
+        return kl + sum(terms[name] for name in ("context", "recon", "open_loop")
+                        if name in terms and name != unused)
 
     def losses(self, images, actions, predict, decode_steps):
         """Every term of the loss, per step: images and actions as in loss() -> {name: (B, n)}.
