@@ -1098,11 +1098,11 @@ class ActionChunker:
     def __init__(self, chunk, execute=None, decay=0.01):
         if execute is not None and not 1 <= execute <= chunk:
             raise InputError(f"--execute must be 1 to {chunk}, the policy's chunk length; got {execute}")
-        self.chunk, self.execute, self.decay = chunk, execute, decay
+        self.execute, self.decay = execute, decay
         self.reset()
 
     def reset(self):
-        self.live = []          # [chunk (n, A), age in steps], oldest first
+        self.live = []          # of every chunk in use the actions that are left, (<= n, A); oldest first
 
     @property
     def asks(self):
@@ -1112,10 +1112,10 @@ class ActionChunker:
     def step(self, ask):
         """-> action (A,). ask() -> (n, A) is called only when a new chunk is needed."""
         if self.asks:
-            self.live.append([np.asarray(ask()), 0])
-        now = np.stack([chunk[age] for chunk, age in self.live])                      # (live chunks, A)
+            self.live.append(np.asarray(ask())[:self.execute])
+        now = np.stack([left[0] for left in self.live])                               # (live chunks, A)
         weights = np.exp(-self.decay * np.arange(len(now)))
-        self.live = [[chunk, age + 1] for chunk, age in self.live if age + 1 < (self.execute or self.chunk)]
+        self.live = [left[1:] for left in self.live if len(left) > 1]
         return (weights[:, None] * now).sum(0) / weights.sum()
 
 

@@ -1,5 +1,5 @@
-"""Claims that span the stages: every policy goes through all of them, every ablation is a flag, controls are
-controls, and a policy is added in one place."""
+"""Claims that span the stages: every policy goes through all of them, a new policy is added in one place,
+every ablation is a flag, and controls leave the policy untrained."""
 import re
 import shutil
 from pathlib import Path
