@@ -54,17 +54,15 @@ from tqdm import tqdm
 class TextEncoder:
     """Frozen text encoder: list of B str -> (B, L) float32 array. InputError if it cannot be loaded.
 
-    hash    words and pairs of neighbouring words, hashed into 512 signed counts: no weights, no download, no
-            knowledge of synonyms
-    minilm  sentence-transformers/all-MiniLM-L6-v2, as in the original BAKU
-    clip    text tower of openai/clip-vit-base-patch32 (UPSTREAM: the release uses this one)
-
-    `transformers` loads the last two from a local folder of that name, from its cache, or from the hub.
+    "hash" hashes words and pairs of neighbouring words into 512 signed counts: it has no weights, needs no
+    download and knows no synonyms. `transformers` loads the others from a local folder of the name in HUB,
+    from its cache, or from the hub.
     """
-    HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "clip": "openai/clip-vit-base-patch32"}
     DIM = {"hash": 512, "minilm": 384, "clip": 512}                                   # L
+    HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2",                        # as in the original BAKU
+           "clip": "openai/clip-vit-base-patch32"}      # UPSTREAM: the release uses its text tower
 
-    def __init__(self, name="hash"):
+    def __init__(self, name):
         self.name, self.embed = name, functools.cache(self.hashed if name == "hash" else self.embedded)
         if name == "hash":
             return
@@ -1355,14 +1353,15 @@ class Log:
     A new run (start = 0) deletes the files of an earlier one, a resumed run the lines after step `start`."""
 
     def __init__(self, out, start):
-        self.path = Path(out) / "metrics.jsonl"
+        self.path, board = Path(out) / "metrics.jsonl", Path(out) / "tensorboard"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not start:
             (Path(out) / "last.pt").unlink(missing_ok=True)
-            shutil.rmtree(Path(out) / "tensorboard", ignore_errors=True)
-        kept = [line for line in read_lines(self.path) if line["step"] <= start] if start else []
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.board = SummaryWriter(Path(out) / "tensorboard", purge_step=start + 1 if start else None)
+            self.path.unlink(missing_ok=True)
+            shutil.rmtree(board, ignore_errors=True)
+        kept = [json.dumps(line) + "\n" for line in read_lines(self.path) if line["step"] <= start]
+        write_atomically(self.path, "".join(kept).encode())
+        self.board = SummaryWriter(board, purge_step=start + 1)
 
     def __call__(self, step, metrics):
         append_line(self.path, {"step": step, **metrics})
