@@ -493,7 +493,7 @@ class ACT(Policy):
         super().__init__(config)
         width, block = config["width"], (config["width"], config["heads"], config["dropout"])
         self.tokens = ObservationTokens(config)
-        self.encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
+        self.encoder = nn.Sequential(*[TransformerBlock(*block) for _ in range(config["layers"])])
         self.queries = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
         self.decoder = nn.ModuleList([TransformerBlock(*block, memory=True)
                                       for _ in range(config["decoder_layers"])])
@@ -515,9 +515,7 @@ class ACT(Policy):
         if self.head != "latent":
             token = torch.zeros_like(tokens[:, 0]) if style is None else self.style_in(style)
             tokens = torch.cat([tokens, token[:, None]], 1)
-        for block in self.encoder:
-            tokens = block(tokens)
-        x = self.queries.expand(len(tokens), -1, -1)                                  # (B, n, E)
+        tokens, x = self.encoder(tokens), self.queries.expand(len(tokens), -1, -1)    # (B, n, E)
         for block in self.decoder:
             x = block(x, memory=tokens)
         return self.norm(x)
@@ -539,15 +537,13 @@ class ACT(Policy):
         return actions if self.training else actions.clamp(-1, 1)
 
     def loss(self, batch):
-        """L = mean |a - mu(o_t, instruction, style)| over valid steps + weight * KL(q(style) || N(0, I)).
-
-        batch as in Policy.loss -> scalar, {name: float} for the log.
-        """
+        """Reconstruction and KL: batch as in Policy.loss -> scalar, {name: float} for the log."""
         target, obs = self.action_norm.normalize(batch["actions"]), self.preprocess(batch["obs"])
         mean, log_var = self.infer_style(obs, target, batch["is_pad"])
         style = mean + (log_var / 2).exp() * torch.randn_like(mean)
         error = (target - self.to_actions(self.features(obs, style))).abs().mean(-1)  # (B, n)
         l1 = masked_mean(error, batch["is_pad"])
+        # L = mean |a - mu(o_t, instruction, style)| over the valid steps + weight * KL(q(style) || N(0, I))
         kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
         return l1 + self.kl_weight * kl, {"l1": l1.item(), "style_kl": kl.item()}
 
