@@ -406,7 +406,7 @@ class Policy(nn.Module):
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
-        differentiable. Only with the head "latent"."""
+        differentiable. Stage 1 only: a finetuned policy may have none."""
         return self.to_latents(self.encode(obs))
 
     def to_latents(self, features):
