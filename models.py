@@ -59,7 +59,7 @@ class TextEncoder:
     from its cache, or from the hub.
     """
     DIM = {"hash": 512, "minilm": 384, "clip": 512}                                   # L
-    HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2",                        # as in the original BAKU
+    HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2",      # as in the original BAKU
            "clip": "openai/clip-vit-base-patch32"}      # UPSTREAM: the release uses its text tower
 
     def __init__(self, name):
@@ -90,9 +90,8 @@ class TextEncoder:
     @torch.no_grad()
     def embedded(self, text):
         output = self.model(**self.tokenizer([text], truncation=True, return_tensors="pt"))
-        if self.name == "clip":
-            return output.text_embeds[0].float().numpy()
-        return F.normalize(output.last_hidden_state.mean(1))[0].float().numpy()
+        vector = output.text_embeds if self.name == "clip" else F.normalize(output.last_hidden_state.mean(1))
+        return vector[0].float().numpy()
 
 
 text_encoder = functools.cache(TextEncoder)     # all policies of a process share it, outside their weights
@@ -604,11 +603,10 @@ class DiffusionPolicy(Policy):
     def noise(self, condition, width):
         """Initial noise (B, n, width): drawn in training; in eval mode always the same, so that latents and
         actions are functions of the observation."""
-        b, device = len(condition), condition.device
         if self.training:
-            return torch.randn(b, self.chunk, width, device=device)
+            return torch.randn(len(condition), self.chunk, width, device=condition.device)
         fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
-        return fixed.to(device).expand(b, -1, -1)
+        return fixed.to(condition.device).expand(len(condition), -1, -1)
 
     def velocity(self, x, tau, condition):
         """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); in stage 1 Z, not A."""
