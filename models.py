@@ -629,16 +629,14 @@ class DiffusionPolicy(Policy):
         return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
 
     def to_actions(self, condition, noise=None):
-        """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> chunk (B, n, A) in [-1, 1].
-
-        x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step and ^a is clipped to [-1, 1].
-        """
+        """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> (B, n, A) in [-1, 1]."""
         x = self.noise(condition, self.config["action_dim"]) if noise is None else noise
         taus = torch.linspace(self.STEPS - 1, 0, self.SAMPLER_STEPS).round().long().tolist()
         for tau, after in zip(taus, [*taus[1:], 0]):            # the x of the last step is not used
             tau = torch.full((len(x),), tau, device=x.device)
             a, noise = self.split(x, tau, self.velocity(x, tau, condition))
             a, ab = a.clamp(-1, 1), self.alpha_bar[after]
+            # x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step
             x = ab.sqrt() * a + (1 - ab).sqrt() * noise
         return a
 
