@@ -586,7 +586,7 @@ class DiffusionPolicy(Policy):
         self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)   # (STEPS,)
 
     def last_layers(self, latent, action):
-        """ASSUMPTION: the "last layer" includes the first, because both meet latent actions or actions."""
+        """ASSUMPTION: the U-Net's first layer is renewed as well: it takes latent actions or actions, too."""
         first = self.config["down"][0]
         if self.head != "action":
             self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
