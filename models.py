@@ -1286,8 +1286,8 @@ def load_policy(path, device="cpu", stage=None):
 def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
-    The last layers, normalisation, style, cameras and proprioception may be new or unused. InputError for
-    anything else, and for a tensor of another shape: the file then has another architecture.
+    Action layers, style, cameras and proprioception may be new; action layers, style and latent layers may be
+    unused. InputError for anything else, and for a tensor of another shape: another architecture.
     UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
     not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
@@ -1295,8 +1295,9 @@ def init_from_pretrained(policy, weights, path):
     # What touches actions is never copied: their number and units may differ.
     loaded = [k for k in own if k in weights and not re.search(r"\b(style_)?action_", k)]
     new, unused = [k for k in own if k not in loaded], [k for k in weights if k not in loaded]
-    wrong = [k for k in loaded if own[k].shape != weights[k].shape] + [
-        k for k in new + unused if not re.search(r"\b(action|latent|style|camera|proprio)_", k)]
+    wrong = ([k for k in loaded if own[k].shape != weights[k].shape]
+             + [k for k in new if not re.search(r"\b(action|style|camera|proprio)_", k)]
+             + [k for k in unused if not re.search(r"\b(action|style|latent)_", k)])
     if wrong:
         theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))
         raise InputError(f"{path} has another architecture: {len(wrong)} tensors do not fit; {wrong[0]} is "

@@ -497,7 +497,8 @@ def test_a_mistake_of_the_user_is_one_clear_line(monkeypatch):
             (lambda: m.pick_device("cuda:77"), "no device"),
             *((lambda other=other: m.init_from_pretrained(new("action", **other), new().state_dict(), "x.pt"),
                "another architecture.*in the file.*here")
-              for other in (dict(width=64), dict(layers=3), dict(layers=1)))):
+              for other in (dict(width=64), dict(layers=3), dict(layers=1))),
+            (lambda: m.init_from_pretrained(new("add"), new("action").state_dict(), "x.pt"), "latent_.*absent")):
         with pytest.raises(m.InputError, match=words) as error:
             call()
         assert "\n" not in str(error.value)
