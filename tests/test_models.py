@@ -494,11 +494,11 @@ def test_a_mistake_of_the_user_is_one_clear_line(monkeypatch):
             (lambda: new("action", policy="diffusion", chunk=5), "multiple of 2.*got 5"),
             (lambda: m.ActionChunker(5, execute=6), "1 to 5"),
             (lambda: m.TextEncoder("clip"), "pip install transformers, and download openai/clip"),
-            (lambda: m.pick_device("cuda:77"), "no device"),
+            (lambda: m.pick_device("cuda:77"), "no device"), (lambda: m.pick_device("abacus"), "no device"),
             *((lambda other=other: m.init_from_pretrained(new("action", **other), new().state_dict(), "x.pt"),
                "another architecture.*in the file.*here")
               for other in (dict(width=64), dict(layers=3), dict(layers=1))),
-            (lambda: m.init_from_pretrained(new("add"), new("action").state_dict(), "x.pt"), "latent_.*absent")):
+            (lambda: m.init_from_pretrained(new("add"), new("action").state_dict(), "x"), "latent_.*absent")):
         with pytest.raises(m.InputError, match=words) as error:
             call()
         assert "\n" not in str(error.value)
@@ -627,6 +627,8 @@ def test_overwrite_deletes_the_old_run_and_resume_keeps_its_metrics_up_to_the_ch
     assert m.open_run(args, ()) is None and (tmp_path / "last.pt").exists(), "nothing is deleted yet"
     m.Log(tmp_path, 0)
     assert not (tmp_path / "last.pt").exists() and not m.read_lines(tmp_path / "metrics.jsonl")
+    with pytest.raises(m.InputError, match="nothing to resume"):
+        m.open_run(SimpleNamespace(out=str(tmp_path / "none"), resume=True), ())
 
 
 def test_a_result_names_its_command_and_commit(monkeypatch):
