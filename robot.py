@@ -42,7 +42,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import cv2
 import h5py
@@ -1588,9 +1587,14 @@ def build_model(embodiment, things):
 
 @dataclass(frozen=True)
 class Move:
-    """A pick and place: `thing` goes to the mean position of `onto`, shifted by `shift` (x, y in m)."""
+    """A pick and place: `thing` goes to the mean position of `onto`, shifted by `shift` (x, y in m).
+
+    It has succeeded when the thing rests within `radius` (m) of that mean: on `onto` if that is one thing, on
+    the table between them if there are several.
+    """
     thing: str
     onto: tuple
+    radius: float
     shift: tuple = (0.0, 0.0)
 
 
@@ -1598,16 +1602,8 @@ class Move:
 class Task:
     instruction: str        # the paper's words
     objects: dict           # name -> start region (x, y, half x, half y) in m, or name of what it stands in
-    waypoints: tuple        # Moves, in order
-    success: Callable       # TwinEnv -> bool: every sub-goal of the instruction holds now
+    waypoints: tuple        # Moves, in order: what the expert does, and what TwinEnv.success() requires
     max_steps: int          # two to three times what the expert takes
-
-
-def between(env, name, one, other):
-    """`name` is in the middle half of the line from `one` to `other`, at most 4 cm beside it."""
-    p, a, b = (env.position(n)[:2] for n in (name, one, other))
-    along = np.dot(p - a, b - a) / np.dot(b - a, b - a)
-    return 0.25 < along < 0.75 and np.linalg.norm(p - a - along * (b - a)) < 0.04
 
 
 TASKS = {
@@ -1615,38 +1611,29 @@ TASKS = {
         "put both cups on the plate",
         {"plate": (0.30, 0.095, 0.015, 0.015),
          "blue_cup": (0.24, -0.09, 0.025, 0.045), "white_cup": (0.36, -0.09, 0.025, 0.045)},
-        (Move("blue_cup", ("plate",), (-0.045, 0)), Move("white_cup", ("plate",), (0.045, 0))),
-        lambda env: env.placed("blue_cup", "plate", 0.07) and env.upright("blue_cup")
-        and env.placed("white_cup", "plate", 0.07) and env.upright("white_cup"),
+        (Move("blue_cup", ("plate",), 0.07, (-0.045, 0)), Move("white_cup", ("plate",), 0.07, (0.045, 0))),
         340),
     "cup_in_bowl": Task(
         "pick the blue cup and place it in the bowl which is on top of the plate",
         {"plate": (0.30, 0.10, 0.03, 0.02), "bowl": "plate", "blue_cup": (0.30, -0.105, 0.05, 0.04)},
-        (Move("blue_cup", ("bowl",)),),
-        lambda env: env.placed("blue_cup", "bowl", 0.04) and env.upright("blue_cup")
-        and env.placed("bowl", "plate", 0.04),
+        (Move("blue_cup", ("bowl",), 0.04),),
         180),
     "pineapple_between_cups": Task(
         "pick the pineapple out of the pot and place it in between the cups",
         {"pot": (0.30, -0.095, 0.04, 0.03), "pineapple": "pot",
          "blue_cup": (0.22, 0.09, 0.01, 0.025), "white_cup": (0.385, 0.09, 0.01, 0.025)},
-        (Move("pineapple", ("blue_cup", "white_cup")),),
-        lambda env: env.placed("pineapple", "world") and between(env, "pineapple", "blue_cup", "white_cup")
-        and env.upright("blue_cup") and env.upright("white_cup"),
+        (Move("pineapple", ("blue_cup", "white_cup"), 0.04),),
         180),
     "pineapple_and_roll": Task(
         "move the pineapple to the pot and the roll to the plate",
         {"pot": (0.235, 0.12, 0.015, 0.015), "plate": (0.345, -0.105, 0.01, 0.01),
          "pineapple": (0.215, -0.08, 0.015, 0.04), "roll": (0.385, 0.08, 0.012, 0.03)},
-        (Move("pineapple", ("pot",)), Move("roll", ("plate",))),
-        lambda env: env.placed("pineapple", "pot", 0.05) and env.placed("roll", "plate", 0.075),
+        (Move("pineapple", ("pot",), 0.05), Move("roll", ("plate",), 0.075)),
         340),
     "stack_cups": Task(
         "stack the blue cup on top of the white one",
         {"white_cup": (0.30, 0.10, 0.045, 0.035), "blue_cup": (0.30, -0.10, 0.05, 0.035)},
-        (Move("blue_cup", ("white_cup",)),),
-        lambda env: env.placed("blue_cup", "white_cup", 0.025) and env.upright("blue_cup")
-        and env.upright("white_cup"),
+        (Move("blue_cup", ("white_cup",), 0.025),),
         180),
 }
 
@@ -1732,7 +1719,7 @@ class TwinEnv:
         if self.embodiment == "hand":
             self._shake()
         self._steps += 1
-        self._good = self._good + 1 if self.task.success(self) else 0
+        self._good = self._good + 1 if self.success() else 0
         success = self._good >= 5                               # it has to hold for a quarter of a second
         return self._observe() if look else None, success or self._steps >= self.max_steps, success
 
@@ -1799,24 +1786,36 @@ class TwinEnv:
             self.model.camera(camera).quat[:] = rotation.as_quat(scalar_first=True)
         mujoco.mj_camlight(self.model, self.data)
 
-    # -- for the success checks --
+    # -- success --
+
+    def success(self):
+        """Every Move has succeeded, a thing that is to stay in another one is still there, and all cups are
+        upright."""
+        moves, objects = self.task.waypoints, self.task.objects
+        goals = [(move.thing, move.onto, move.radius) for move in moves]
+        goals += [(name, (place,), 0.04) for name, place in objects.items()
+                  if isinstance(place, str) and name not in [move.thing for move in moves]]
+        return (all(self.placed(*goal) for goal in goals)
+                and all(self.upright(name) for name in objects if name.endswith("cup")))
 
     def position(self, name):
-        """(3,) m: origin of a thing, or of "world" (the table)."""
+        """(3,) m: origin of a thing."""
         return self.data.body(name).xpos.copy()
 
     def upright(self, name):
         """Tilted by less than 20 degrees."""
         return bool(self.data.body(name).xmat[8] > np.cos(np.radians(20)))
 
-    def placed(self, name, support, radius=np.inf):
-        """`name` rests on `support` ("world" is the table), its centre within `radius` (m) of the support's.
-        It touches no finger and, unless that is the support, not the table."""
+    def placed(self, name, onto, radius):
+        """See Move. The thing is at rest and touches no finger; only between several things may it touch the
+        table."""
+        support = onto[0] if len(onto) == 1 else "world"            # "world" is the table
         pairs = self.model.geom_bodyid[self.data.contact.geom]      # (contacts, 2)
         pairs = pairs[(pairs == self.model.body(name).id).any(axis=1)]
         touched = {self.model.body(body).name for body in pairs.ravel().tolist()}
         speed = np.linalg.norm(self.data.joint(name).qvel[:3])
-        offset = np.linalg.norm((self.position(name) - self.position(support))[:2])
+        middle = np.mean([self.position(other) for other in onto], axis=0)
+        offset = np.linalg.norm((self.position(name) - middle)[:2])
         return bool(support in touched and not touched & {"left", "right", "world"} - {support}
                     and speed < 0.03 and offset < radius)
 

@@ -99,7 +99,7 @@ class Twin:
             data.ctrl[:6] = self.target
             data.ctrl[6:8] = SQUEEZE if self.grip < 0.05 else self.grip * OPENING
             mujoco.mj_step(self.env.model, data, nstep=steps)
-            self.good = self.good + steps if self.begun and self.env.task.success(self.env) else 0
+            self.good = self.good + steps if self.begun and self.env.success() else 0
 
     def state(self):
         with self.lock:
