@@ -49,7 +49,7 @@ from prepare_data import (LIBERO, LIBERO_CAMERAS, LIBERO_HZ, close_simulator, im
                           libero_instructions, libero_observation, libero_simulator, reset_simulator,
                           run_jobs, show_state)
 from robot import ACTION, CAMERAS as TWIN_CAMERAS, CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, PROPRIO_DIM
-from robot import TASKS, Expert, Film, TwinEnv, check_fit, policy_function, rollout
+from robot import TASKS, Expert, TwinEnv, check_fit, policy_function, rollout, write_film
 
 SMOKE = dict(episodes=2, max_steps=20, video=1, workers=1)
 
@@ -243,11 +243,17 @@ def play(bench, args, labels, job):
     else:
         policy_fn = control(key, bench, env, start, rng)
     filmed = key == next(iter(labels)) and start in bench.starts[args.first:args.first + args.video]
-    film = Film(env, bench.cameras, bench.hz) if filmed else None
+    frames = []                                     # larger than the policy sees them, cameras side by side
+
+    def watch():
+        if filmed:
+            frames.append(np.concatenate([env.render(camera, 256) for camera in bench.cameras], axis=1))
+
     chunker = make_chunker(args, arm.policy)
-    success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, film)
-    if film:
-        film.write(Path(args.out, "videos"), f"{task}_{start}", wordings[0], success)
+    success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, watch)
+    if filmed:
+        outcome = "success" if success else "failure"
+        write_film(Path(args.out, "videos", f"{task}_{start}_{outcome}.mp4"), frames, bench.hz)
     return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
             "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),
             # Two episodes with the same hash had the same actions to the last bit.

@@ -36,7 +36,6 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -972,20 +971,19 @@ class QuestTeleop:
 
 # ---- episodes: of the arm, the twin and LIBERO -----------------------------------------------------------
 
-def rollout(env, policy_fn, chunker, task, start, max_steps=None, film=None):
+def rollout(env, policy_fn, chunker, task, start, max_steps=None, watch=lambda: None):
     """One episode: observation -> action chunk -> action -> step. -> success, actions (T, A)
 
-    policy_fn(obs) -> (n, A) is called with the newest observation whenever the chunker needs a new chunk.
+    policy_fn(obs) -> (n, A) is called with the newest observation whenever the chunker needs a new chunk;
+    watch() is called after the reset and after every step.
     """
     chunker.reset()
     obs, actions = env.reset(task, start), []
-    if film:
-        film.add()
+    watch()
     for _ in range(max_steps or env.max_steps):
         actions.append(chunker.step(lambda: policy_fn(obs)))                          # (A,)
         obs, done, success = env.step(actions[-1], look=chunker.asks)
-        if film:
-            film.add()
+        watch()
         if done:
             break
     return bool(success), np.array(actions)
@@ -1029,35 +1027,17 @@ def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
                              "or choose it with --strides")
 
 
-class Film:
-    """Collects the pictures of an episode, larger than the policy sees them, and writes them as an mp4."""
-
-    def __init__(self, env, cameras, hz, size=256):
-        self.env, self.cameras, self.hz, self.size, self.frames = env, cameras, hz, size, []
-
-    def add(self):
-        """Add what env.render(camera, size) shows now, the cameras side by side."""
-        self.frames.append(np.concatenate([self.env.render(c, self.size) for c in self.cameras], 1))
-
-    def write(self, folder, name, instruction, success):
-        """Write folder/name_success.mp4 or name_failure.mp4, with instruction and outcome on every frame."""
-        outcome = "success" if success else "failure"
-        folder.mkdir(parents=True, exist_ok=True)
-        path, partial = (folder / f"{part}{name}_{outcome}.mp4" for part in ("", "partial_"))
-        height, width = self.frames[0].shape[:2]                                      # (H, cameras * W, 3)
-        lines = textwrap.wrap(f"{instruction} [{outcome}]", width // 8)
-        strip = np.full((16 * len(lines) + 8, width, 3), 255, np.uint8)
-        for i, line in enumerate(lines):
-            cv2.putText(strip, line, (6, 16 * (i + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1,
-                        cv2.LINE_AA)
-        video = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), self.hz,
-                                (width, height + len(strip)))
-        if not video.isOpened():
-            raise InputError(f"OpenCV cannot write {partial}: leave out --video, or choose another --out")
-        for frame in self.frames + self.frames[-1:] * (self.hz // 2):                 # the end stays 0.5 s
-            video.write(np.concatenate([strip, frame[..., ::-1]]))                    # RGB -> BGR
-        video.release()
-        os.replace(partial, path)
+def write_film(path, frames, hz):
+    """Write pictures (H, W, 3) uint8 RGB as an mp4; the last one stays for half a second. InputError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"partial_{path.name}")
+    video = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*"mp4v"), hz, frames[0].shape[1::-1])
+    if not video.isOpened():
+        raise InputError(f"OpenCV cannot write {partial}: leave out --video, or choose another --out")
+    for frame in frames + frames[-1:] * (hz // 2):
+        video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    video.release()
+    os.replace(partial, path)
 
 
 # ---- around every command: consent, output folder, station -----------------------------------------------

@@ -180,7 +180,7 @@ def test_a_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == names
     video = cv2.VideoCapture(str(tmp_path / "videos" / names[0]))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == filmed[0][2] + 1 + 10        # the end stays for 0.5 s
-    assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) > 256
+    assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) == 256
 
 
 # ---- what is evaluated, on which starts ------------------------------------------------------------------
