@@ -52,13 +52,6 @@ from models import (ActionChunker, HelpFormatter, InputError, append_line, at_le
                     check_free, check_same, file_hash, load_policy, provenance, read_json, read_lines, run,
                     shrink, write_atomically, write_json)
 
-try:
-    import fcntl
-    import termios
-    import tty
-except ImportError:         # Windows: the twin works there, the arm does not
-    fcntl = None
-
 CONTROL_HZ = 20
 ACTION_DIM, PROPRIO_DIM = 7, 7
 # How datasets describe actions and proprioception. delta: which numbers are changes per step, not targets.
@@ -168,9 +161,9 @@ ABOVE = np.array([[-0.7, -0.7, 0.10], [0.7, 0.7, 1.1]])     # m, box for the too
 HOME_SPEED = np.radians(20)         # rad/s on the way home
 
 
-def shorten(vector, length):
-    """The vector, shortened to `length` if it is longer."""
-    return vector * min(1.0, length / max(np.linalg.norm(vector), 1e-12))
+def shorten(vector, length, order=2):
+    """The vector, shortened if its norm exceeds `length`. order=np.inf: if its largest number does."""
+    return vector * min(1.0, length / max(np.linalg.norm(vector, order), 1e-12))
 
 
 class Refused(Exception):
@@ -231,7 +224,7 @@ class Gate:
         step = q - self.q
         if np.abs(step).max() > BRANCH:
             raise Refused("joint step: a jump to another branch")
-        q = self.q + step * min(1.0, MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
+        q = self.q + shorten(step, MAX_JOINT_STEP, np.inf)
         if clearance(q) < min(CLEARANCE, clearance(self.q)):        # moving apart is always allowed
             raise Refused("collision: the arm with itself or the table")
         tool, now = (tool_pose(x)[0] for x in (q, self.q))
@@ -259,8 +252,7 @@ def path_home(q):
         if residual > 1e-6:
             raise Refused(f"HOME, {HOME.tolist()} m, is out of reach")
         while np.abs(goal - gate.q).max() > 1e-9:
-            step = goal - gate.q
-            path.append(gate.admit(gate.q + step * min(1, largest / np.abs(step).max()), ABOVE))
+            path.append(gate.admit(gate.q + shorten(goal - gate.q, largest, np.inf), ABOVE))
     except Refused as refused:
         raise InputError(f"the way home is not free ({refused}): bring the tool by hand or with the pendant "
                          f"near x {HOME[0]}, y {HOME[1]}, z {HOME[2]} m, pointing down") from None
@@ -322,6 +314,7 @@ class RealmanArm:
         self.aim_at, self.due, self.silent = 0.0, 0.0, 0        # aim_at: when the aim is to be reached
         self.returned = 0                           # code of the last message: 0 = it was sent
         self.arm, self.wire, self.threads, self.stopping = None, threading.Lock(), [], None
+        self.heard = threading.Event()              # the first state has come
         self._lock_arm()
         with contextlib.ExitStack() as failed:
             failed.callback(self.close)
@@ -332,23 +325,18 @@ class RealmanArm:
 
     def _lock_arm(self):
         """One process per arm on this machine. InputError."""
-        if fcntl is None:
-            raise InputError("an arm is driven from Linux: its file locks and terminals are needed here")
-        self.lock = open(Path("/tmp") / f"realman-{self.host}-{self.port}.lock", "a+")
+        import fcntl            # here, because Windows has none: the twin works there, the arm does not
+        self.lock = open(Path("/tmp") / f"realman-{self.host}-{self.port}.lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self.lock.seek(0)
-            raise InputError(f"another process of this machine (number {self.lock.read() or 'unknown'}) "
-                             f"drives the arm at {self.host}: end it first") from None
-        self.lock.truncate(0)
-        self.lock.write(str(os.getpid()))
-        self.lock.flush()
+            raise InputError(f"another process of this machine drives the arm at {self.host}: end it first"
+                             ) from None
 
     def _connect(self):
         try:
             with socket.create_connection((self.host, self.port), timeout=2) as s:
-                here, self.peer = s.getsockname()[0], s.getpeername()[0]
+                here = s.getsockname()[0]
         except OSError as e:
             raise InputError(f"no controller at {self.host}:{self.port} ({e}): is it on, and this machine in "
                              "its network? The vendor's default address is 192.168.1.18") from e
@@ -365,21 +353,19 @@ class RealmanArm:
         self.arm.rm_set_timeout(200)        # ms, for every answer
         self._callback = sdk.rm_realtime_arm_state_callback_ptr(self._receive)      # must outlive the arm
         self.arm.rm_realtime_arm_state_call_back(self._callback)
-        end = time.monotonic() + 1
-        while self.state is None:
-            if time.monotonic() > end:
-                raise InputError("the controller's state does not arrive: on the vendor's page, switch on "
-                                 f"its UDP push to {here}; open that port in this machine's firewall")
-            time.sleep(0.01)
+        if not self.heard.wait(1):
+            raise InputError("the controller's state does not arrive: on the vendor's page, switch on its UDP "
+                             f"push to {here}; open that port in this machine's firewall")
         for step, name in ((self._grip_step, "gripper's"), (self._frame_step, "watchdog's")):
             self.threads.append(threading.Thread(target=self._repeat, args=(step, name), daemon=True))
             self.threads[-1].start()
 
     def _receive(self, s):
         """Called by the library's own thread for every state that anybody sends to its port."""
-        if s.errCode == 0 and s.arm_ip.decode() == self.peer:
+        if s.errCode == 0 and s.arm_ip.decode() == self.host:
             self.state = (time.monotonic(), np.radians(s.joint_status.joint_position[:6]),
                           [int(s.err.err[i]) for i in range(s.err.err_len)])
+            self.heard.set()
 
     def checks(self):
         """[(what, what was found, whether that is right)]. An arm with a wrong row is not moved. ArmStopped.
@@ -617,9 +603,10 @@ class Camera:
     that freezes or goes dark is noticed like one that is unplugged: its last good picture gets too old, and
     the watchdog stops the arm with the reason (trouble()).
     """
+    FIRST = 5           # s to wait for the first picture
 
     def __init__(self, name, source):
-        self.name, self.closing = name, False
+        self.name, self.closing, self.seen = name, False, threading.Event()     # seen: the first picture came
         self.newest, self.why = (None, time.monotonic()), "no picture yet"
         if "://" in source:
             capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [
@@ -636,11 +623,9 @@ class Camera:
                              "(their numbers change with every start)")
         self.thread = threading.Thread(target=self._loop, args=(capture,), daemon=True)
         self.thread.start()
-        end = time.monotonic() + 5
-        while self.picture is None:
-            if time.monotonic() > end:
-                raise InputError(f"camera {name} ({source}) gives no picture: {self.why}")
-            time.sleep(0.01)
+        if not self.seen.wait(self.FIRST):
+            self.closing = True
+            raise InputError(f"camera {name} ({source}) gives no picture: {self.why}")
 
     picture = property(lambda self: self.newest[0])         # (H, W, 3) uint8 BGR
     at = property(lambda self: self.newest[1])              # s, time.monotonic()
@@ -659,6 +644,7 @@ class Camera:
                 self.why = "frozen: the same picture again and again"
             else:
                 self.newest, self.why = (picture, time.monotonic()), "no new picture"
+                self.seen.set()
         capture.release()
 
     def close(self):
@@ -681,6 +667,8 @@ class Person:
     def __init__(self, arm):
         self.pressed, self.arm, self.terminal = queue.Queue(), arm, sys.stdin.isatty()
         if self.terminal:
+            import termios
+            import tty
             atexit.register(termios.tcsetattr, sys.stdin, termios.TCSADRAIN, termios.tcgetattr(sys.stdin))
             tty.setcbreak(sys.stdin)
             threading.Thread(target=self._read, daemon=True).start()
@@ -1631,9 +1619,8 @@ class TwinEnv:
     """
 
     def __init__(self, embodiment="robot", image_size=64, cameras=("front", "side"), spread=1.0):
-        if not (set(cameras) <= set(CAMERAS) and 0 <= spread <= 1 and 1 <= np.max(image_size) <= 1024):
-            raise InputError(f"the twin has cameras out of {', '.join(CAMERAS)}, a spread between 0 and 1, "
-                             f"images of at most 1024 pixels; got {cameras}, {spread} and {image_size}")
+        if not 0 <= spread <= 1:
+            raise InputError(f"the twin's --spread is between 0 and 1; got {spread}")
         if cameras and os.environ.get("MUJOCO_GL") == "disable":
             raise InputError("no OpenGL to render images with: apt-get install libegl1 libgl1 libosmesa6")
         self.embodiment, self.image_size = embodiment, image_size
