@@ -765,18 +765,15 @@ class Rehearsal:
 
 # ---- the environment -------------------------------------------------------------------------------------
 
-class EpisodeAborted(Exception):
-    """Several commands in a row were refused, or the operator gave up: the arm holds its target, the episode
-    has failed."""
-
-
 class ArmEnv:
     """The arm as an environment, at CONTROL_HZ in real time.
 
     who      a Person or the Rehearsal, who sets the scene and judges
     journal  a file for one line per command: the action as it came and as it was executed, why it was
              refused, where the joints were, how late it was, how old state and pictures were
-    judged   False: step() never says done, the operator ends the episode
+    judged   False: nobody is asked for the outcome, the operator ends the episode
+
+    `aborted` says why an episode was given up, or None. Such an episode has failed; the arm holds its target.
     """
     REFUSALS = 3        # refused commands in a row that end the episode
 
@@ -803,7 +800,7 @@ class ArmEnv:
             arm.gate.hold(path[-1])
         arm.rest()
         self.who.set_scene(task, start)
-        self.task_name, self.start, self.refused = task, start, 0
+        self.task_name, self.start, self.refused, self.aborted = task, start, 0, None
         self.max_steps = TASKS[task].max_steps
         ready = time.monotonic() + 0.1          # pictures that are on their way may still show the old scene
         while any(camera.at < ready for camera in self.views.values()):
@@ -814,10 +811,8 @@ class ArmEnv:
 
     def step(self, action, look=True):
         """Send an action (7,) and wait for the end of the control step. -> obs (None unless look), done,
-        success
-
-        After a refused action the arm holds its target; REFUSALS in a row are EpisodeAborted. ArmStopped.
-        """
+        success. After a refused action the arm holds its target; REFUSALS in a row abort the episode.
+        ArmStopped."""
         why, at = None, time.monotonic()
         try:
             self.executed = self.arm.act(action)
@@ -837,8 +832,8 @@ class ArmEnv:
         if self.journal:
             self._write(action, why, at)
         if self.refused >= self.REFUSALS:
-            raise EpisodeAborted(f"{self.refused} commands in a row refused, the last one: {why}")
-        verdict = self.who.verdict() if self.judged else None
+            self.aborted = f"{self.refused} commands in a row refused, the last one: {why}"
+        verdict = False if self.aborted else self.who.verdict() if self.judged else None
         if self.judged and verdict is None and self.steps >= self.max_steps:
             self.arm.rest()
             verdict = self.who.judge()
@@ -1179,7 +1174,7 @@ def record(args):
                     if rows:
                         write_take(path, task, start, rows)
                     print(f"{path.stem}: " + (f"{len(rows) - 1} steps, kept" if rows else
-                                              "discarded, once more"), flush=True)
+                                              f"discarded ({env.aborted}), once more"), flush=True)
         print(f"{env.timing()}\nnext         python prepare_data.py realman --input {out}")
 
 
@@ -1203,25 +1198,22 @@ def record_take(env, operator, task, start, seed):
                 row[f"images/{name}"] = pool.submit(cv2.imencode, ".jpg", picture, flags)
             return row
 
-        try:
-            while True:
-                action, holds, button = operator.read(env.arm.gate)
-                if button == "save" and rows:
-                    break
-                if button == "discard":
-                    raise EpisodeAborted("by the operator")
-                quiet = 0 if holds or action[6] != gripper else quiet + 1
-                gripper = action[6]
-                row = observe() if quiet < CONTROL_HZ // 2 and (rows or holds) else None
-                env.step(action, look=False)
-                if row:
-                    rows.append({**row, "actions": env.executed, "commanded": action})
-            rows.append(observe())
-        except EpisodeAborted as e:
-            return print(f"aborted      {e}")
-        finally:
-            env.arm.rest()      # writing takes its time
-        return rows
+        while not env.aborted:
+            action, holds, button = operator.read(env.arm.gate)
+            if button == "save" and rows:
+                rows.append(observe())
+                break
+            if button == "discard":
+                env.aborted = "by the operator"
+                break
+            quiet = 0 if holds or action[6] != gripper else quiet + 1
+            gripper = action[6]
+            row = observe() if quiet < CONTROL_HZ // 2 and (rows or holds) else None
+            env.step(action, look=False)
+            if row:
+                rows.append({**row, "actions": env.executed, "commanded": action})
+        env.arm.rest()          # writing takes its time
+    return None if env.aborted else rows
 
 
 def write_take(path, task, start, rows):
@@ -1257,14 +1249,13 @@ def replay(args):
         env, apart = ArmEnv(s.arm, s.cameras, 64, s.who, judged=False), []
         env.reset(task, start)
         print(f"{what}: {len(actions) * parts / CONTROL_HZ:.0f} s")
-        try:
-            for action, then in zip(actions, proprio[1:]):
-                for _ in range(parts):
-                    env.step([*action[:6] / parts, action[6]], look=False)
-                tool = s.arm.proprio()[:3] if s.arm.move else s.arm.gate.position
-                apart.append(1000 * np.linalg.norm(tool - then[:3]))
-        except EpisodeAborted as e:
-            raise InputError(f"the replay ends at step {env.steps}: {e}") from e
+        for action, then in zip(actions, proprio[1:]):
+            for _ in range(parts):
+                env.step([*action[:6] / parts, action[6]], look=False)
+                if env.aborted:
+                    raise InputError(f"the replay ends at step {env.steps}: {env.aborted}")
+            tool = s.arm.proprio()[:3] if s.arm.move else s.arm.gate.position
+            apart.append(1000 * np.linalg.norm(tool - then[:3]))
         print(f"distance from the recorded tool: median {np.median(apart):.1f}, at most {max(apart):.1f} mm"
               + (f"; success {s.who.judge()}" if args.arm == "sim" else ""))
         print(env.timing())
@@ -1297,30 +1288,28 @@ def run_rollout(args):
             for _ in range(3):          # the first calls are slow: not while an episode runs
                 policy_function(policy, "", np.random.default_rng(0))(envs[key].observe())
         for number, (key, task, start) in enumerate(jobs, 1):
-            (path, policy, chunker, _), env, success, end = policies[key], envs[key], False, None
+            (path, policy, chunker, _), env = policies[key], envs[key]
             policy_fn = policy_function(policy, TASKS[task].instruction,
                                         np.random.default_rng([start, list(TASKS).index(task)]))
             try:
-                success, _ = rollout(env, policy_fn, chunker, task, start)
-            except (EpisodeAborted, ArmStopped, KeyboardInterrupt) as e:    # a failure, if it had begun
-                end = e
-            stopped = isinstance(end, (ArmStopped, KeyboardInterrupt))
-            if stopped and not env.steps:
-                raise end
+                success, stopped = rollout(env, policy_fn, chunker, task, start)[0], None
+            except ArmStopped as e:         # an episode that had begun counts as a failure
+                if not env.steps:
+                    raise
+                success, stopped, env.aborted = False, e, str(e)
             s.arm.rest()
             if not s.arm.move:
                 return print(f"dry run: {env.steps} steps of {path} with an arm that stood still, nothing "
                              f"kept\n{env.timing()}")
             append_line(out / "episodes.jsonl", {
                 "arm": key, "label": path, "task": task, "start": start, "success": success,
-                "aborted": end and (str(end) or "keyboard"), "steps": env.steps,
-                "seconds": round(env.seconds, 3), "settings": settings,
-                "commit": origin["commit"], "machine": origin["machine"]})
+                "aborted": env.aborted, "steps": env.steps, "seconds": round(env.seconds, 3),
+                "settings": settings, "commit": origin["commit"], "machine": origin["machine"]})
             print(f"{number:4d}/{len(jobs)} {path} {task} #{start}: "
                   f"{'success' if success else 'failure'}, {env.steps} steps in {env.seconds:.2f} s"
-                  + f"; aborted: {end}" * bool(end), flush=True)
+                  + f"; aborted: {env.aborted}" * bool(env.aborted), flush=True)
             if stopped:
-                raise end
+                raise stopped
         for env in envs.values():
             print(env.timing())
     print(f"next         python evaluate.py --results {out}")

@@ -24,8 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fake_arm  # noqa: E402
 from models import InputError  # noqa: E402
-from robot import (CONTROL_HZ, ArmEnv, ArmStopped, Camera, EpisodeAborted, Person, RealmanArm,  # noqa: E402
-                   Rehearsal, on_signal)
+from robot import (CONTROL_HZ, ArmEnv, ArmStopped, Camera, Person, RealmanArm, Rehearsal,  # noqa: E402
+                   on_signal)
 
 # name: (what the controller is told or what is done here, possible beginnings of the reason that is given)
 FAULTS = {
@@ -107,9 +107,10 @@ def drive(fake, act, keyboard):
         env = ArmEnv(arm, cameras, 64, fake.world, judged=False)
         env.reset("stack_cups", 0)
         for i in range(100):
-            env.step(act(i), look=i % 2 == 0)
+            if env.step(act(i), look=i % 2 == 0)[1]:
+                return env.aborted
         return "nothing stopped it"
-    except (ArmStopped, EpisodeAborted, InputError) as e:
+    except (ArmStopped, InputError) as e:
         return str(e)
     finally:
         arm.close()
