@@ -715,8 +715,8 @@ class Person:
 
 
 class Rehearsal:
-    """Stands in for the Person, for the operator who records, and for the environment that the scripted
-    Expert observes: what someone beside the fake controller's twin would see."""
+    """Stands in for the Person and for the operator who records. It asks the fake controller, where the twin
+    and its scripted Expert run."""
 
     def __init__(self, port):
         self.wire = socket.create_connection(("127.0.0.1", port), timeout=10).makefile("rw")
@@ -732,35 +732,21 @@ class Rehearsal:
         pass
 
     def set_scene(self, task, start):
-        self.task_name, self.task = task, TASKS[task]
         self.ask("twin_begin", task=task, seed=start)
-        self.verdict()
 
     def verdict(self):
-        self.seen = self.ask("twin_state")
-        return self.seen["success"] or None
+        return self.ask("twin_success") or None
 
     def judge(self):
         return bool(self.verdict())
 
-    tool_position = property(lambda self: np.array(self.seen["tool"]))
-    opening = property(lambda self: self.seen["opening"])
-
-    def position(self, name):
-        return np.array(self.seen["things"][name])
-
-    def proprio(self):
-        return np.array(self.seen["proprio"], np.float32)
-
     def begin(self, seed):
-        self.expert, self.steps = Expert(self, seed), 0
+        self.ask("twin_expert", seed=seed)
 
     def read(self, gate):
-        """As an operator, see "teleoperation"."""
-        success = self.verdict()
-        self.steps += 1
-        late = "discard" if self.steps > self.task.max_steps else ""
-        return self.expert.act(), True, "save" if success else late
+        """As an operator, see "teleoperation". A take that lasts too long is discarded."""
+        action, late = self.ask("twin_act")
+        return np.array(action), True, "save" if self.verdict() else "discard" if late else ""
 
 
 # ---- the environment -------------------------------------------------------------------------------------

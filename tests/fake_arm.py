@@ -10,9 +10,9 @@ arm.
     UDP   the state, every 5 ms, to the port that the library asks for
     HTTP  the twin's cameras as MJPEG at 25 Hz: http://127.0.0.1:PORT/front, as OpenCV reads any IP camera
 
-The same TCP port takes three commands that only a rehearsal has: {"command": "twin_begin", "task", "seed"}
-sets the scene (the arm stays where it is), "twin_state" tells where the things are and whether the task is
-done, "fault" breaks something (see Controller.fault).
+The same TCP port takes commands that only a rehearsal has: {"command": "twin_begin", "task", "seed"} sets the
+scene (the arm stays where it is), "twin_success" tells whether the task is done, "twin_expert" and "twin_act"
+ask the scripted expert for actions, "fault" breaks something (see Controller.fault).
 
 ASSUMPTION: position motors as stiff as the twin's follow a joint target of movej_canfd at once; a target that
 jumps by more than 10 degrees or leaves the joint limits is refused, stops the arm and sets the error; a stop
@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from robot import CAMERAS, DH, JOINT_LIMIT, OPENING, PHYSICS_DT, SQUEEZE, TASKS, TwinEnv  # noqa: E402
+from robot import (CAMERAS, DH, JOINT_LIMIT, OPENING, PHYSICS_DT, SQUEEZE, TASKS, Expert,  # noqa: E402
+                   TwinEnv)
 import cv2  # noqa: E402
 import mujoco  # noqa: E402     after robot, which chooses OpenGL
 import numpy as np  # noqa: E402
@@ -101,12 +102,18 @@ class Twin:
             mujoco.mj_step(self.env.model, data, nstep=steps)
             self.good = self.good + steps if self.begun and self.env.success() else 0
 
-    def state(self):
+    def success(self):
+        return self.good * PHYSICS_DT >= 0.25
+
+    def expert(self, seed):
+        """Let a scripted expert lead the episode; act() -> its next action, and whether it is too late."""
         with self.lock:
-            env = self.env
-            return {"things": {name: env.position(name).tolist() for name in env.task.objects},
-                    "tool": env.tool_position.tolist(), "proprio": env.proprio().tolist(),
-                    "opening": env.opening, "success": self.good * PHYSICS_DT >= 0.25}
+            self.leader, self.left = Expert(self.env, seed), self.env.max_steps
+
+    def act(self):
+        with self.lock:
+            self.left -= 1
+            return self.leader.act().tolist(), self.left < 0
 
 
 class Controller:
@@ -193,7 +200,7 @@ class Controller:
         with contextlib.suppress(OSError, ValueError):
             for line in client.makefile("rb"):
                 message = json.loads(line.strip() or "{}")
-                if message.get("command") in ("twin_begin", "twin_state", "fault"):
+                if message.get("command", "").startswith(("twin_", "fault")):
                     self.clients.discard(client)        # the rehearsal's own connection: no fault breaks it
                     client.sendall(json.dumps(self.rehearse(**message)).encode() + b"\n")
                 elif message:
@@ -206,7 +213,7 @@ class Controller:
         client.close()
 
     def rehearse(self, command, **more):
-        """fault: self.fault(), twin_begin: Twin.begin(), twin_state: Twin.state()"""
+        """fault: self.fault(), twin_begin: Twin.begin(), twin_act: Twin.act() and so on"""
         return (self.fault if command == "fault" else getattr(self.plant, command[5:]))(**more)
 
     def reply(self, client, message):
