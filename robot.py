@@ -1054,58 +1054,57 @@ def on_signal(arm, number, _):
         raise KeyboardInterrupt
 
 
-def start_fake(*flags):
-    """Start the fake controller, tests/fake_arm.py. -> its process, its ports. InputError"""
+@contextlib.contextmanager
+def fake_controller(*flags):
+    """The fake controller, tests/fake_arm.py, for as long as it is used. -> {"port", "cameras" (its port),
+    "pid"}. InputError"""
     command = [sys.executable, str(Path(__file__).parent / "tests" / "fake_arm.py"), *flags]
-    fake = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            start_new_session=True)         # Ctrl-C is for this process alone
-    line = fake.stdout.readline()
-    if not line:
-        raise InputError("the rehearsal (tests/fake_arm.py) did not start, see above")
-    return fake, json.loads(line)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          start_new_session=True) as fake:          # Ctrl-C is for this process alone
+        try:
+            if not (line := fake.stdout.readline()):
+                raise InputError("the rehearsal (tests/fake_arm.py) did not start, see above")
+            yield json.loads(line)
+        finally:
+            fake.kill()
 
 
 @contextlib.contextmanager
-def station(args, need_cameras=True):
+def station(args):
     """The arm, its cameras and the person, checked, for as long as they are used. Whatever ends the block
     stops the arm. -> namespace: arm, checks, cameras, keyboard (a Person), who (that Person, or the
     Rehearsal). InputError"""
-    fake = arm = who = None
-    address, sources, cameras = args.arm, args.cameras, {}
+    address, sources, cameras, who = args.arm, args.cameras, {}, None
     try:
-        if args.arm == "sim":
-            fake, ports = start_fake()
-            address, who = f"127.0.0.1:{ports['port']}", Rehearsal(ports["port"])
-            sources = {c: f"http://127.0.0.1:{ports['cameras']}/{c}" for c in CAMERAS}
-        elif need_cameras and not sources:
-            raise InputError("--cameras is needed: --cameras front=0 side=2 (ls /dev/v4l/by-id)")
-        arm = RealmanArm(address, args.move)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, functools.partial(on_signal, arm))
-        cameras = {name: Camera(name, source) for name, source in sources.items()}
-        checks = arm.checks() + [(f"camera {name}", f"{camera.picture.shape[1]} x {camera.picture.shape[0]}",
-                                  True) for name, camera in cameras.items()]
-        for what, found, right in checks:
-            print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
-        if not arm.move:
-            print("DRY RUN: everything is computed, but nothing that moves is sent; --move moves the arm")
-        wrong = [f"{what} is {found}" for what, found, right in checks if not right]
-        if wrong:
-            raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page or "
-                             "pendant")
-        person = Person(arm)
-        yield argparse.Namespace(arm=arm, cameras=cameras, keyboard=person, checks=checks, who=who or person)
+        with contextlib.ExitStack() as stack:           # closes in reverse order: the arm first
+            if args.arm == "sim":
+                ports = stack.enter_context(fake_controller())
+                address, who = f"127.0.0.1:{ports['port']}", Rehearsal(ports["port"])
+                sources = {c: f"http://127.0.0.1:{ports['cameras']}/{c}" for c in CAMERAS}
+            elif not sources:
+                raise InputError("--cameras is needed: --cameras front=0 side=2 (ls /dev/v4l/by-id)")
+            for name, source in sources.items():
+                cameras[name] = Camera(name, source)
+                stack.callback(cameras[name].close)
+            arm = RealmanArm(address, args.move)
+            stack.callback(arm.close)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, functools.partial(on_signal, arm))
+            checks = arm.checks() + [(f"camera {name}", "{1} x {0}".format(*camera.picture.shape), True)
+                                     for name, camera in cameras.items()]
+            for what, found, right in checks:
+                print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
+            if not arm.move:
+                print("DRY RUN: everything is computed, but nothing that moves is sent; --move moves the arm")
+            if wrong := [f"{what} is {found}" for what, found, right in checks if not right]:
+                raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page "
+                                 "or pendant")
+            person = Person(arm)
+            yield argparse.Namespace(arm=arm, cameras=cameras, keyboard=person, checks=checks,
+                                     who=who or person)
     except ArmStopped as stopped:
         raise InputError(f"the arm was stopped: {stopped}. Look at it before you start again; finished "
                          "episodes are kept, --resume goes on with the others") from stopped
-    finally:
-        if arm:
-            arm.close()
-        for camera in cameras.values():
-            camera.close()
-        if fake:
-            fake.kill()
-            fake.wait()
 
 
 # ---- the commands ----------------------------------------------------------------------------------------
@@ -1231,7 +1230,7 @@ def replay(args):
     parts = int(np.ceil(1 / args.speed))
     what = f"{args.take} ({instruction}) at 1/{parts} of its speed"
     consent(args, what)
-    with station(args, need_cameras=False) as s:
+    with station(args) as s:
         env, apart = ArmEnv(s.arm, s.cameras, 64, s.who, judged=False), []
         env.reset(task, start)
         print(f"{what}: {len(actions) * parts / CONTROL_HZ:.0f} s")

@@ -21,6 +21,7 @@ holds the joints where they are; when the client is gone, the arm holds the last
 import argparse
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -349,7 +350,7 @@ def main():
     plant = Ideal() if args.ideal else Twin()
     controller = Controller(plant, args.log)
     cameras = None if args.ideal else Cameras(plant, controller.faults).port
-    print(json.dumps({"port": controller.port, "cameras": cameras}), flush=True)
+    print(json.dumps({"port": controller.port, "cameras": cameras, "pid": os.getpid()}), flush=True)
     sys.stdin.read()
 
 

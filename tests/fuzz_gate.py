@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from robot import RealmanArm, Refused, start_fake, tool_pose  # noqa: E402
+from robot import RealmanArm, Refused, fake_controller, tool_pose  # noqa: E402
 
 # The promises, written out independently of robot.py: degrees, degrees per target of 10 ms, metres
 JOINTS = np.array([175, 127, 132, 175, 125, 357])
@@ -79,8 +79,7 @@ def check(messages):
 def main(count=100_000):
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "wire.jsonl")
-        fake, ports = start_fake("--ideal", "--log", str(log))
-        try:
+        with fake_controller("--ideal", "--log", str(log)) as ports:
             arm = RealmanArm(f"127.0.0.1:{ports['port']}", move=True)
             rng, begun, refused, shortened = np.random.default_rng(0), time.monotonic(), Counter(), 0
             arm.sent = arm.joints
@@ -98,9 +97,6 @@ def main(count=100_000):
             seconds = time.monotonic() - begun
             time.sleep(0.5)
             arm.close()
-        finally:
-            fake.kill()
-            fake.wait()
         rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     result = {"actions": count, "seconds": round(seconds, 1), "refused": dict(refused),
               "shortened": shortened, **check([row["m"] for row in rows if "m" in row])}

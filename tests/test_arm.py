@@ -32,7 +32,7 @@ from fuzz_gate import COMMANDS
 from models import POLICIES, InputError, make_policy, read_lines, save_checkpoint
 from robot import (ACTION, HOME, HOME_JOINTS, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN,
                    PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, KeyboardTeleop, QuestTeleop,
-                   RealmanArm, Refused, check_fit, clearance, inverse_kinematics, path_home, start_fake,
+                   RealmanArm, Refused, check_fit, clearance, fake_controller, inverse_kinematics, path_home,
                    tool_pose)
 
 ROOT = Path(robot.__file__).parent
@@ -564,10 +564,6 @@ MOVES = {name for name in COMMANDS if name.startswith(("move", "set_"))}
 @needs_sdk
 @needs_gl
 def test_a_dry_run_moves_nothing_and_move_moves_the_arm(recording, tmp_path):
-    fake, ports = start_fake("--log", str(tmp_path / "wire.jsonl"))
-    flags = ["--arm", f"127.0.0.1:{ports['port']}", "--cameras",
-             *(f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in ("front", "side"))]
-    replay = ["robot.py", "replay", *flags, "--take", recording / "stack_cups-00000.h5", "--speed", "1"]
     master, slave = pty.openpty()
 
     def press_enter(line):                  # once the scene is set
@@ -578,7 +574,10 @@ def test_a_dry_run_moves_nothing_and_move_moves_the_arm(recording, tmp_path):
         rows = map(json.loads, (tmp_path / "wire.jsonl").read_text().splitlines()[:-1])
         return [row["m"]["command"] for row in rows if "m" in row]
 
-    try:
+    with fake_controller("--log", str(tmp_path / "wire.jsonl")) as ports:
+        flags = ["--arm", f"127.0.0.1:{ports['port']}", "--cameras",
+                 *(f"{c}=http://127.0.0.1:{ports['cameras']}/{c}" for c in ("front", "side"))]
+        replay = ["robot.py", "replay", *flags, "--take", recording / "stack_cups-00000.h5", "--speed", "1"]
         output = python("robot.py", "check", *flags, "--out", tmp_path / "new" / "check.png")
         assert "DRY RUN" in output and cv2.imread(str(tmp_path / "new" / "check.png")).std() > 10
         output = python(*replay, stdin=slave, hear=press_enter)
@@ -586,13 +585,10 @@ def test_a_dry_run_moves_nothing_and_move_moves_the_arm(recording, tmp_path):
         assert apart < 25, "the targets are those of the take, though the arm stands still"
         assert len(commands()) > 20 and not set(commands()) & MOVES
         if sys.platform == "linux":
-            assert listening(fake.pid) <= {"0100007F"}, "the fake listens on loopback alone"
+            assert listening(ports["pid"]) <= {"0100007F"}, "the fake listens on loopback alone"
         os.write(master, b"MOVE\n")
         python(*replay, "--move", stdin=slave, hear=press_enter)
         assert commands().count("movej_canfd") > 200
-    finally:
-        fake.kill()
-        fake.wait()
 
 
 @pytest.mark.parametrize("terminal, typed, message", [
@@ -600,6 +596,7 @@ def test_a_dry_run_moves_nothing_and_move_moves_the_arm(recording, tmp_path):
 def test_no_connection_is_made_before_move_was_typed_at_a_terminal(monkeypatch, tmp_path, terminal, typed,
                                                                    message):
     monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: terminal, readline=lambda: typed))
+    monkeypatch.setattr(robot, "Camera", lambda *_: Namespace(close=lambda: None))
     with pytest.raises(InputError, match=message):          # at port 9 nobody answers
         robot.main(["record", "--arm", "127.0.0.1:9", "--cameras", "front=0", "--operator", "keyboard",
                     "--move", "--out", str(tmp_path)])
