@@ -370,38 +370,41 @@ class RealmanArm:
     def checks(self):
         """[(what, what was found, whether that is right)]. An arm with a wrong row is not moved. ArmStopped.
         """
+        def ask(query):
+            code, answer = within(2, query)
+            if code:            # the library then fills in zeros, which would look right
+                raise ArmStopped(f"{query.__name__} got no answer (code {code})")
+            return answer
+
         arm = self.arm
         if self.move:
             within(2, arm.rm_set_collision_state, 5)
-        table = (       # what, query -> (code, answer), part of the answer, its right value or a test of it
-            ("model", arm.rm_get_robot_info, lambda a: (a["arm_model"], a["arm_dof"]), ("RM_65", 6)),
-            ("firmware", arm.rm_get_arm_software_info, lambda a: a["ctrl_info"]["version"], bool),
-            ("tool frame", arm.rm_get_current_tool_frame, lambda a: a["pose"], [0] * 6),
-            ("work frame", arm.rm_get_current_work_frame, lambda a: a["pose"], [0] * 6),
-            ("DH in degrees, m", arm.rm_get_DH_data,
-             lambda a: np.transpose([a[key][:6] for key in ("alpha", "a", "d", "offset")]).round(4).tolist(),
-             lambda x: np.allclose(np.array(x) * [np.pi / 180, 1, 1, np.pi / 180], DH, atol=2e-4)),
-            ("run mode, 1=real", arm.rm_get_arm_run_mode, int, 1),
-            ("power, 1=on", arm.rm_get_arm_power_state, int, 1),
-            ("joints enabled", arm.rm_get_arm_all_state, lambda a: a["joint_en_flag"][:6], [1] * 6),
-            ("joint errors", arm.rm_get_arm_all_state, lambda a: a["joint_err_code"][:6], [0] * 6),
-            ("errors", arm.rm_get_current_arm_state, lambda a: a["err"]["err"],
-             lambda x: not any(map(int, x))),
-            ("joint limits", arm.rm_get_joint_max_pos, lambda a: a[:6],
-             lambda x: (np.radians(x) >= JOINT_LIMIT - JOINT_MARGIN).all()),
-            ("gripper, 1=there", arm.rm_get_gripper_state, lambda a: a["status"], 1),
-            ("gripper error", arm.rm_get_gripper_state, lambda a: a["error"], 0),
-            ("collision stage", arm.rm_get_collision_stage, int, lambda x: x > 0 or not self.move))  # 0: off
-        rows = []
-        for what, query, part, right in table:
-            code, answer = within(2, query)
-            found = part(answer) if code == 0 else f"no answer (code {code})"
-            rows.append((what, str(found), code == 0 and bool(
-                right(found) if callable(right) else found == right)))
-        age, q = time.monotonic() - self.state[0], self.state[1]
-        rows.append(("state", f"{1000 * age:.0f} ms old, joints {np.degrees(q).round(1).tolist()} degrees, "
-                     f"tool at {tool_pose(q)[0].round(3).tolist()} m", age < self.STATE_AGE))
-        return rows
+        info, state, gripper = (ask(arm.rm_get_robot_info), ask(arm.rm_get_arm_all_state),
+                                ask(arm.rm_get_gripper_state))
+        exact = (               # what, what was found, what it has to be
+            ("model", (info["arm_model"], info["arm_dof"]), ("RM_65", 6)),
+            ("tool frame", ask(arm.rm_get_current_tool_frame)["pose"], [0] * 6),
+            ("work frame", ask(arm.rm_get_current_work_frame)["pose"], [0] * 6),
+            ("run mode, 1=real", ask(arm.rm_get_arm_run_mode), 1),
+            ("power, 1=on", ask(arm.rm_get_arm_power_state), 1),
+            ("joints enabled", state["joint_en_flag"][:6], [1] * 6),
+            ("joint errors", state["joint_err_code"][:6], [0] * 6),
+            ("gripper, 1=there", gripper["status"], 1),
+            ("gripper error", gripper["error"], 0))
+        version, table = ask(arm.rm_get_arm_software_info)["ctrl_info"]["version"], ask(arm.rm_get_DH_data)
+        dh = np.transpose([table[key][:6] for key in ("alpha", "a", "d", "offset")])    # degrees, m
+        errors, limits = ask(arm.rm_get_current_arm_state)["err"]["err"], ask(arm.rm_get_joint_max_pos)[:6]
+        stage, (at, q, _) = ask(arm.rm_get_collision_stage), self.state
+        age = time.monotonic() - at
+        return [(what, found, found == right) for what, found, right in exact] + [
+            ("firmware", version, bool(version)),
+            ("DH in degrees, m", dh.round(4).tolist(),
+             np.allclose(dh * [np.pi / 180, 1, 1, np.pi / 180], DH, atol=2e-4)),
+            ("errors", errors, not any(map(int, errors))),
+            ("joint limits", limits, (np.radians(limits) >= JOINT_LIMIT - JOINT_MARGIN).all()),
+            ("collision, 0=off", stage, stage > 0 or not self.move),
+            ("state", f"{1000 * age:.0f} ms old, joints {np.degrees(q).round(1).tolist()} degrees, tool at "
+             f"{tool_pose(q)[0].round(3).tolist()} m", age < self.STATE_AGE)]
 
     # -- what is measured --
 
