@@ -1032,12 +1032,14 @@ type MOVE:""", end=" ", flush=True)
         raise InputError("not confirmed: nothing was sent")
 
 
-def open_output(args, out, settings):
-    """Prepare the folder of a command's episodes -> its journal OUT/commands.jsonl, see ArmEnv. A dry run
-    writes nothing. InputError if the folder is in use, or if its episodes were made with other settings."""
+def open_output(args, about, settings):
+    """Prepare the folder of a command's episodes and write the settings to its file `about`. -> the folder's
+    journal commands.jsonl, see ArmEnv. A dry run writes nothing. InputError if the folder is in use, or if
+    its episodes were made with other settings."""
     if not args.move:
         return open(os.devnull, "w")
-    about, episodes = out / "settings.json", [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
+    out = about.parent
+    episodes = [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
     check_free(out, episodes, args)
     if args.overwrite:
         for path in [*episodes, out / "commands.jsonl"]:
@@ -1075,8 +1077,8 @@ def fake_controller(*flags):
 @contextlib.contextmanager
 def station(args):
     """The arm, its cameras and the person, checked, for as long as they are used. Whatever ends the block
-    stops the arm. -> namespace: arm, checks, cameras, keyboard (a Person), who (that Person, or the
-    Rehearsal). InputError"""
+    stops the arm. -> namespace: arm, cameras, keyboard (a Person), who (that Person, or the Rehearsal).
+    InputError"""
     address, sources, cameras, who = args.arm, args.cameras, {}, None
     try:
         with contextlib.ExitStack() as stack:           # closes in reverse order: the arm first
@@ -1103,8 +1105,7 @@ def station(args):
                 raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page "
                                  "or pendant")
             person = Person(arm)
-            yield argparse.Namespace(arm=arm, cameras=cameras, keyboard=person, checks=checks,
-                                     who=who or person)
+            yield argparse.Namespace(arm=arm, cameras=cameras, keyboard=person, who=who or person)
     except ArmStopped as stopped:
         raise InputError(f"the arm was stopped: {stopped}. Look at it before you start again; finished "
                          "episodes are kept, --resume goes on with the others") from stopped
@@ -1126,7 +1127,7 @@ def check(args):
 def record(args):
     """Records teleoperated demonstrations as raw takes; `prepare_data.py realman` makes a dataset of them.
 
-    OUT/takes.json          written first: cameras, control rate, ACTION, PROPRIO, geometry, firmware
+    OUT/takes.json          written first: cameras, control rate, ACTION, PROPRIO, geometry
     OUT/commands.jsonl      every command, see ArmEnv
     OUT/<task>-<start>.h5   one per kept take, T observations and T-1 actions, written atomically:
         images/<camera>     (T,) JPEG files, quality 95, as large as the camera gives them
@@ -1141,13 +1142,10 @@ def record(args):
     if args.operator == "expert" and args.arm != "sim":
         raise InputError("--operator keyboard or quest leads an arm; expert is scripted, for --arm sim")
     consent(args, f"where the operator ({args.operator}) leads it")
-    settings = {"arm": args.arm, "operator": args.operator, "cameras": list(args.cameras or CAMERAS)}
-    with open_output(args, out, settings) as journal, station(args) as s:
-        if args.move:
-            write_json(out / "takes.json", {
-                "format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "cameras": list(s.cameras),
-                "action": ACTION, "proprio": PROPRIO, "workspace_m": WORKSPACE.tolist(), "tool_m": TOOL,
-                "dh": DH.tolist(), "arm": {what: found for what, found, _ in s.checks}})
+    about = {"format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "action": ACTION,
+             "proprio": PROPRIO, "cameras": list(args.cameras or CAMERAS), "workspace_m": WORKSPACE.tolist(),
+             "tool_m": TOOL, "dh": DH.tolist(), "arm": args.arm, "operator": args.operator}
+    with open_output(args, out / "takes.json", about) as journal, station(args) as s:
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
         operator = (KeyboardTeleop(s.keyboard) if args.operator == "keyboard" else
                     QuestTeleop() if args.operator == "quest" else s.who)
@@ -1264,7 +1262,7 @@ def run_rollout(args):
     consent(args, f"up to {args.episodes} episodes per task under {args.checkpoint} {args.compare or ''}")
     settings = {"env": "arm", "arm": args.arm, "execute": args.execute}
     starts = range(EVAL_SEED0, EVAL_SEED0 + args.episodes)
-    with open_output(args, out, settings) as journal, station(args) as s:
+    with open_output(args, out / "settings.json", settings) as journal, station(args) as s:
         done = {(line["arm"], line["task"], line["start"]) for line in read_lines(out / "episodes.jsonl")}
         # A B, then B A, and so on: what drifts over an afternoon (light, table, person) affects both alike
         jobs = [(key, task, start) for start in starts for task in args.tasks
