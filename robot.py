@@ -410,12 +410,10 @@ class RealmanArm:
 
     @property
     def joints(self):
-        """(6,) rad, measured. ArmStopped if the state is too old."""
-        at, q, _ = self.state
-        if time.monotonic() - at > self.STATE_AGE:
-            self.stop(f"state: the last one is {time.monotonic() - at:.2f} s old")
-            self.check()
-        return q
+        """(6,) rad, measured; in a dry run those that would have been sent, as if the arm followed.
+        ArmStopped, for example because the watchdog found the state too old."""
+        self.check()
+        return self.state[1] if self.move or not self.armed else self.sent
 
     def proprio(self):
         """(7,) float32, see the top of the file."""
@@ -446,14 +444,10 @@ class RealmanArm:
 
     def act(self, action):
         """Aim at the target of an action (7,), one per control step. -> the part that is executed (7,).
-        Refused, after which the arm holds its target; ArmStopped.
-
-        A dry run assumes that the arm follows, because LEAD would otherwise keep the targets where it stands.
-        """
-        self.check()
+        Refused, after which the arm holds its target; ArmStopped."""
         joints = self.joints
         try:
-            _, executed = self.gate(action, joints if self.move else self.gate.q)
+            _, executed = self.gate(action, joints)
             self.grip = executed[6]
             return executed
         finally:
@@ -781,12 +775,9 @@ class ArmEnv:
             self.who.ready()
         arm.arm_motors()
         arm.grip = 1.0
-        path = path_home(arm.gate.q)
-        for q in path if arm.move else []:
+        for q in path_home(arm.gate.q):
             arm.follow(q)
             time.sleep(1 / CONTROL_HZ)
-        if path and not arm.move:
-            arm.gate.hold(path[-1])
         arm.rest()
         self.who.set_scene(task, start)
         self.task_name, self.start, self.refused, self.aborted = task, start, 0, None
@@ -1240,8 +1231,7 @@ def replay(args):
                 env.step([*action[:6] / parts, action[6]], look=False)
                 if env.aborted:
                     raise InputError(f"the replay ends at step {env.steps}: {env.aborted}")
-            tool = s.arm.proprio()[:3] if s.arm.move else s.arm.gate.position
-            apart.append(1000 * np.linalg.norm(tool - then[:3]))
+            apart.append(1000 * np.linalg.norm(s.arm.proprio()[:3] - then[:3]))
         print(f"distance from the recorded tool: median {np.median(apart):.1f}, at most {max(apart):.1f} mm"
               + (f"; success {s.who.judge()}" if args.arm == "sim" else ""))
         print(env.timing())

@@ -424,6 +424,18 @@ def test_after_a_stop_nothing_that_moves_is_sent_and_nothing_is_accepted(driver)
         driver.act(HOLD)
 
 
+def test_in_a_dry_run_nothing_that_moves_is_sent_and_the_arm_seems_to_follow(driver):
+    driver.move = False
+    driver.arm_motors()
+    for _ in range(3):
+        driver.act([0.01, 0, 0, 0, 0, 0, 1])
+        driver.advance(1)
+    assert np.array_equal(driver.joints, driver.sent) and np.ptp([driver.sent, driver.state[1]], axis=0).any()
+    driver.stop("a test")
+    driver.stopping.join(1)
+    assert driver.arm.wire == []
+
+
 @pytest.mark.parametrize("codes, reason", [
     ([-2, -2, -2, 0] * 3, None),                # an answer that is missing now and then stops nothing
     ([-2] * 4, "gripper: no answer, 4 times"), ([1], "gripper: command refused")])
