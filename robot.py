@@ -36,6 +36,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -1025,10 +1026,8 @@ type MOVE:""", end=" ", flush=True)
 
 def open_output(args, about, settings):
     """Prepare the folder of a command's episodes and write the settings to its file `about`. -> the folder's
-    journal commands.jsonl, see ArmEnv. A dry run writes nothing. InputError if the folder is in use, or if
-    its episodes were made with other settings."""
-    if not args.move:
-        return open(os.devnull, "w")
+    journal commands.jsonl, see ArmEnv. InputError if the folder is in use, or if its episodes were made with
+    other settings."""
     out = about.parent
     episodes = [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
     check_free(out, episodes, args)
@@ -1091,7 +1090,8 @@ def station(args):
             for what, found, right in checks:
                 print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
             if not arm.move:
-                print("DRY RUN: everything is computed, but nothing that moves is sent; --move moves the arm")
+                print("DRY RUN: everything is computed, but nothing that moves is sent and no episode is kept; "
+                      "--move moves the arm")
             if wrong := [f"{what} is {found}" for what, found, right in checks if not right]:
                 raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page "
                                  "or pendant")
@@ -1146,13 +1146,13 @@ def record(args):
                 while not path.exists():
                     rows = record_take(env, operator, task, start, seed=start + 1000 * tries)
                     tries += 1
-                    if not s.arm.move:
-                        return print("dry run: that was one take of an arm that stood still; it is not kept")
                     if rows:
                         write_take(path, task, start, rows)
-                    print(f"{path.stem}: " + (f"{len(rows) - 1} steps, kept" if rows else
+                    print(f"{path.stem}: " + (f"{len(rows) - 1} steps" if rows else
                                               f"discarded ({env.aborted}), once more"), flush=True)
-        print(f"{env.timing()}\nnext         python prepare_data.py realman --input {out}")
+        print(env.timing())
+    if args.move:
+        print(f"next         python prepare_data.py realman --input {out}")
 
 
 def record_take(env, operator, task, start, seed):
@@ -1274,9 +1274,6 @@ def run_rollout(args):
                     raise
                 success, stopped, env.aborted = False, e, str(e)
             s.arm.rest()
-            if not s.arm.move:
-                return print(f"dry run: {env.steps} steps of {path} with an arm that stood still, nothing "
-                             f"kept\n{env.timing()}")
             append_line(out / "episodes.jsonl", {
                 "arm": key, "label": path, "task": task, "start": start, "success": success,
                 "aborted": env.aborted, "steps": env.steps, "seconds": round(env.seconds, 3),
@@ -1288,7 +1285,8 @@ def run_rollout(args):
                 raise stopped
         for env in envs.values():
             print(env.timing())
-    print(f"next         python evaluate.py --results {out}")
+    if args.move:
+        print(f"next         python evaluate.py --results {out}")
 
 
 # ==========================================================================================================
@@ -1925,7 +1923,10 @@ def main(argv=None):
         args.tasks = args.tasks.split(",")
         if unknown := set(args.tasks) - set(TASKS):
             raise InputError(f"no task {', '.join(unknown)}: --tasks takes {', '.join(TASKS)}")
-    args.run(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.move and "episodes" in args:        # a dry run: one episode, which is not kept
+            args.episodes, args.tasks, args.out = 1, args.tasks[:1], folder
+        args.run(args)
 
 
 if __name__ == "__main__":
