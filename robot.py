@@ -1136,20 +1136,24 @@ def record(args):
     about = {"format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "action": ACTION,
              "proprio": PROPRIO, "cameras": list(args.cameras or CAMERAS), "workspace_m": WORKSPACE.tolist(),
              "tool_m": TOOL, "dh": DH.tolist(), "arm": args.arm, "operator": args.operator}
-    with open_output(args, out / "takes.json", about) as journal, station(args) as s:
+    journal = open_output(args, out / "takes.json", about)
+    takes = [(start, task, out / f"{task}-{start:05d}.h5")
+             for start in range(args.episodes) for task in args.tasks]
+    if all(path.exists() for *_, path in takes):
+        return print(f"all takes are in {out}")
+    with journal, station(args) as s:
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
         operator = (KeyboardTeleop(s.keyboard) if args.operator == "keyboard" else
                     QuestTeleop() if args.operator == "quest" else s.who)
-        for start in range(args.episodes):
-            for task in args.tasks:
-                path, tries = out / f"{task}-{start:05d}.h5", 0
-                while not path.exists():
-                    rows = record_take(env, operator, task, start, seed=start + 1000 * tries)
-                    tries += 1
-                    if rows:
-                        write_take(path, task, start, rows)
-                    print(f"{path.stem}: " + (f"{len(rows) - 1} steps" if rows else
-                                              f"discarded ({env.aborted}), once more"), flush=True)
+        for start, task, path in takes:
+            tries = 0
+            while not path.exists():
+                rows = record_take(env, operator, task, start, seed=start + 1000 * tries)
+                tries += 1
+                if rows:
+                    write_take(path, task, start, rows)
+                print(f"{path.stem}: " + (f"{len(rows) - 1} steps" if rows else
+                                          f"discarded ({env.aborted}), once more"), flush=True)
         print(env.timing())
     if args.move:
         print(f"next         python prepare_data.py realman --input {out}")
