@@ -894,7 +894,7 @@ class QuestTeleop:
         except ImportError as e:
             raise InputError("a Quest is read by the teleop package: pip install teleop==0.1.5") from e
         self.latest = self.raw = self.hand = None
-        self.jumped, self.pressed, self.down = False, "", set()
+        self.jumped = False
         self.server = Teleop(host="127.0.0.1", port=port, natural_phone_orientation_euler=[0, 0, 0])
         self.server.subscribe(self._hear)
         threading.Thread(target=self.server.run, daemon=True).start()
@@ -908,23 +908,21 @@ class QuestTeleop:
         elif self.raw is not None and np.linalg.norm(raw - self.raw) > self.JUMP:
             self.jumped = True
         self.raw = raw if message["move"] else None
-        down = {button for button in self.BUTTONS if message.get(button)}
-        for button in down - self.down:         # pressed now, not still down
-            self.pressed = self.BUTTONS[button]
-        self.down = down
-        self.latest = time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open")
+        self.latest = (time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open"),
+                       next((what for button, what in self.BUTTONS.items() if message.get(button)), ""))
 
     def begin(self, _):
-        self.pressed, self.hand = "", None
+        self.hand = None
 
     def read(self, gate):
-        action, (button, self.pressed) = np.array([0, 0, 0, 0, 0, 0, 1.0]), (self.pressed, "")
+        action = np.array([0, 0, 0, 0, 0, 0, 1.0])
         if self.latest is None:
-            return action, False, button
-        at, hand, move, action[6] = self.latest
-        if not move or self.jumped or time.monotonic() - at > self.SILENCE:
+            return action, False, ""
+        at, hand, move, action[6], button = self.latest
+        silent = time.monotonic() - at > self.SILENCE
+        if not move or self.jumped or silent:
             self.hand = None
-            return action, False, button
+            return action, False, "" if silent else button
         if self.hand is None:                   # it takes hold now: where hand and tool are
             self.hand, self.tool = hand.copy(), (gate.position, gate.turn)
         action[:3] = shorten(self.tool[0] + hand[:3, 3] - self.hand[:3, 3] - gate.position, MAX_STEP)
