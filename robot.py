@@ -659,8 +659,14 @@ class Camera:
 # ---- the person beside the arm, or the rehearsal in that place -------------------------------------------
 
 class Person:
-    """The keyboard, read without Enter, and the person at it, who sets the scene and judges the outcome. The
-    space bar stops the arm at any time."""
+    """The keyboard, read without Enter, and the person at it, who sets the scene, judges the outcome and may
+    lead the arm as an operator. The space bar stops the arm at any time.
+
+    w s: away, back; a d: left, right; r f: up, down; q e: turn; g: gripper; Enter: save; Backspace: discard.
+    A key moves the tool by 5 mm or 3 degrees.
+    """
+    MOVES = {"w": (0, 0.005), "s": (0, -0.005), "a": (1, 0.005), "d": (1, -0.005), "r": (2, 0.005),
+             "f": (2, -0.005), "q": (5, np.radians(3)), "e": (5, -np.radians(3))}
 
     def __init__(self, arm):
         self.pressed, self.arm, self.terminal = queue.Queue(), arm, sys.stdin.isatty()
@@ -710,6 +716,26 @@ class Person:
 
     def judge(self):
         return self.ask("time is up: success? y/n", "yn") == "y"
+
+    def begin(self, _):
+        self.gripper, self.held = 1.0, -1.0
+
+    def read(self, gate):
+        """As an operator, see "teleoperation"."""
+        action, button = np.zeros(ACTION_DIM), ""
+        while key := self.get():
+            self.held = time.monotonic()
+            if key in self.MOVES:
+                number, change = self.MOVES[key]
+                action[number] += change
+            elif key == "g":
+                self.gripper = 1 - self.gripper
+            elif key in "\n\r":
+                button = "save"
+            elif key in "\x7f\b":
+                button = "discard"
+        action[6] = self.gripper
+        return action, time.monotonic() - self.held < 0.3, button
 
 
 class Rehearsal:
@@ -843,37 +869,9 @@ class ArmEnv:
 
 
 # ---- teleoperation ---------------------------------------------------------------------------------------
-# An operator has begin(seed), called at the start of an episode, and read(gate) -> action (7,) of this
-# control step, whether the hand holds the arm, and "", "save" or "discard".
-
-class KeyboardTeleop:
-    """w s: away, back; a d: left, right; r f: up, down; q e: turn; g: gripper; Enter: save; Backspace:
-    discard. A key moves the tool by 5 mm or 3 degrees."""
-    MOVES = {"w": (0, 0.005), "s": (0, -0.005), "a": (1, 0.005), "d": (1, -0.005), "r": (2, 0.005),
-             "f": (2, -0.005), "q": (5, np.radians(3)), "e": (5, -np.radians(3))}
-
-    def __init__(self, keyboard):
-        self.keyboard = keyboard
-
-    def begin(self, _):
-        self.gripper, self.held = 1.0, -1.0
-
-    def read(self, gate):
-        action, button = np.zeros(ACTION_DIM), ""
-        while key := self.keyboard.get():
-            self.held = time.monotonic()
-            if key in self.MOVES:
-                number, change = self.MOVES[key]
-                action[number] += change
-            elif key == "g":
-                self.gripper = 1 - self.gripper
-            elif key in "\n\r":
-                button = "save"
-            elif key in "\x7f\b":
-                button = "discard"
-        action[6] = self.gripper
-        return action, time.monotonic() - self.held < 0.3, button
-
+# An operator leads the arm while takes are recorded: the Person at the keyboard, the Rehearsal's scripted
+# expert, or a Quest. It has begin(seed), called at the start of an episode, and read(gate) -> action (7,) of
+# this control step, whether the hand holds the arm, and "", "save" or "discard".
 
 class QuestTeleop:
     """A Meta Quest through the `teleop` package, whose page in the headset's browser sends the controller's
@@ -1141,8 +1139,7 @@ def record(args):
         return print(f"all takes are in {out}")
     with journal, station(args) as s:
         env = ArmEnv(s.arm, s.cameras, 64, s.who, journal, judged=False)
-        operator = (KeyboardTeleop(s.keyboard) if args.operator == "keyboard" else
-                    QuestTeleop() if args.operator == "quest" else s.who)
+        operator = {"keyboard": s.keyboard, "expert": s.who}.get(args.operator) or QuestTeleop()
         for start, task, path in takes:
             tries = 0
             while not path.exists():

@@ -31,9 +31,8 @@ import robot
 from fuzz_gate import COMMANDS
 from models import POLICIES, InputError, make_policy, read_lines, save_checkpoint
 from robot import (ACTION, HOME, HOME_JOINTS, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN,
-                   PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, KeyboardTeleop, QuestTeleop,
-                   RealmanArm, Refused, check_fit, clearance, fake_controller, inverse_kinematics, path_home,
-                   tool_pose)
+                   PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, Person, QuestTeleop, RealmanArm,
+                   Refused, check_fit, clearance, fake_controller, inverse_kinematics, path_home, tool_pose)
 
 ROOT = Path(robot.__file__).parent
 
@@ -230,7 +229,8 @@ def test_a_policy_of_other_cameras_or_proprioception_does_not_fit():
 
 def test_a_key_is_one_step_and_every_episode_begins_with_an_open_gripper(gate):
     taps, start = list("wwa"), gate.position.copy()
-    hand = KeyboardTeleop(Namespace(get=lambda: taps.pop(0) if taps else None))
+    hand = Person(None)
+    hand.get = lambda: taps.pop(0) if taps else None
     hand.begin(0)
     for _ in range(3):
         action, holds, _ = hand.read(gate)
