@@ -188,9 +188,9 @@ class Gate:
         self.q = np.array(q, dtype=np.float64)
         self.position, self.turn = tool_pose(self.q)
 
-    def __call__(self, action, measured):
-        """action (7,), measured joints (6,) rad -> target joints (6,) rad, and the part of the action that is
-        executed (7,). Refused."""
+    def __call__(self, action, tool):
+        """action (7,), measured tool centre (3,) m -> target joints (6,) rad, and the part of the action that
+        is executed (7,). Refused."""
         try:
             action = np.asarray(action, dtype=np.float64)
         except (TypeError, ValueError):
@@ -200,7 +200,6 @@ class Gate:
         limit = np.array([MAX_STEP] * 3 + [MAX_TURN] * 3)
         if (np.abs(action[:6]) > 10 * limit).any():
             raise Refused(f"absurd: more than ten times the largest step of {MAX_STEP} m, {MAX_TURN} rad")
-        tool, _ = tool_pose(measured)
         target = np.clip(self.position + shorten(action[:3], MAX_STEP), tool - LEAD, tool + LEAD)
         target = np.clip(target, *WORKSPACE)
         target[:2] *= min(1.0, reach(target[2]) / np.linalg.norm(target[:2]))
@@ -446,9 +445,9 @@ class RealmanArm:
     def act(self, action):
         """Aim at the target of an action (7,), one per control step. -> the part that is executed (7,).
         Refused, after which the arm holds its target; ArmStopped."""
-        joints = self.joints
+        tool, _ = tool_pose(self.joints)
         try:
-            _, executed = self.gate(action, joints)
+            _, executed = self.gate(action, tool)
             self.grip = executed[6]
             return executed
         finally:
@@ -1588,6 +1587,7 @@ class TwinEnv:
         self.embodiment, self.image_size = embodiment, image_size
         self.cameras, self.spread = tuple(cameras), float(spread)
         self._models, self._renderers = {}, {}                  # per task, made when first needed
+        self.gate = Gate()
 
     # -- episodes --
 
@@ -1606,9 +1606,9 @@ class TwinEnv:
         number = list(TASKS).index(task)
         rng, self._film = (np.random.default_rng([seed, number, stream]) for stream in (0, 1))
         self._steps = self._good = 0
-        self._target, self._turn = HOME + self.spread * rng.uniform(-0.02, 0.02, 3), TOOL_DOWN
-        self._q = self._joints(self._target, self._turn, HOME_JOINTS)
-        self.data.qpos[:8] = self.data.ctrl[:8] = [*self._q, OPENING, OPENING]
+        home = HOME + self.spread * rng.uniform(-0.02, 0.02, 3)
+        self.gate.hold(inverse_kinematics(home, TOOL_DOWN, HOME_JOINTS)[0])
+        self.data.qpos[:8] = self.data.ctrl[:8] = [*self._joints(), OPENING, OPENING]
         for name, place in self.task.objects.items():
             angle, z = self.spread * rng.uniform(-0.3, 0.3), THINGS[name].rest + 0.0005
             if isinstance(place, str):
@@ -1627,23 +1627,17 @@ class TwinEnv:
     def step(self, action, look=True):
         """One control step of 1/20 s. action (7,): see the top of the file. -> obs, done, success
 
-        look = False renders nothing, and obs is None. done: success, or max_steps reached. ValueError if the
-        action is not 7 finite numbers.
+        The action passes the safety gate of the arm; a refused one changes nothing. look = False renders
+        nothing, and obs is None. done: success, or max_steps reached. ValueError if the action is not 7
+        finite numbers.
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"an action is {ACTION_DIM} finite numbers, got {action}")
-        # The command runs at most 3 cm ahead of the measured tool and stays within reach; if no joint values
-        # lead to it, it stays as it was. Otherwise it would wind up, and later actions would do nothing.
-        tool, move = self.tool_position, np.clip(action[:3], -MAX_STEP, MAX_STEP)
-        target = np.clip(np.clip(self._target + move, tool - 0.03, tool + 0.03), *WORKSPACE)
-        target[:2] *= min(1.0, reach(target[2]) / np.linalg.norm(target[:2]))
-        turn = Rotation.from_rotvec(np.clip(action[3:6], -MAX_TURN, MAX_TURN)).as_matrix() @ self._turn
-        q = self._joints(target, turn, self._q)
-        if q is not None and np.abs(q - self._q).max() < 0.35:      # 0.35 rad: a jump to another branch
-            self._q, self._target, self._turn = q, target, turn
-        self.data.ctrl[:6] = self._q
-        self.data.ctrl[6:] = OPENING if action[6] > 0.5 else SQUEEZE
+        with contextlib.suppress(Refused):
+            self.gate(action, self.tool_position)
+            self.data.ctrl[:6] = self._joints()
+            self.data.ctrl[6:] = OPENING if action[6] > 0.5 else SQUEEZE
         mujoco.mj_step(self.model, self.data, nstep=round(1 / CONTROL_HZ / PHYSICS_DT))
         if self.embodiment == "hand":
             self._shake()
@@ -1652,14 +1646,14 @@ class TwinEnv:
         success = self._good >= 5                               # it has to hold for a quarter of a second
         return self._observe() if look else None, success or self._steps >= self.max_steps, success
 
-    def _joints(self, position, rotation, q):
-        """Joint values (6,) that bring the tool to a pose, the arm's close to q; None if there are none."""
+    def _joints(self):
+        """Joint values (6,) that bring the tool to the gate's pose."""
         if self.embodiment == "robot":
-            q, residual = inverse_kinematics(position, rotation, q)
-        else:       # slides move the hand's flange, hinges turn it: rotation = Rz Ry Rx TOOL_DOWN
-            angles = Rotation.from_matrix(rotation @ TOOL_DOWN.T).as_euler("ZYX")
-            q, residual = np.append(position - TOOL * (rotation[:, 2] + [0, 0, 1]), angles), 0.0
-        return q if residual < 1e-3 and (np.abs(q) <= self.model.jnt_range[:6, 1]).all() else None
+            return self.gate.q
+        # Slides move the hand's flange, hinges turn it: turn = Rz Ry Rx TOOL_DOWN
+        position, turn = self.gate.position, self.gate.turn
+        angles = Rotation.from_matrix(turn @ TOOL_DOWN.T).as_euler("ZYX")
+        return np.append(position - TOOL * (turn[:, 2] + [0, 0, 1]), angles)
 
     # -- observations --
 

@@ -87,7 +87,7 @@ def main(count=100_000):
             for _, (action, offset) in zip(range(count), stories(rng)):
                 try:
                     with np.errstate(all="ignore"):
-                        _, executed = arm.gate(action, arm.gate.q + offset)
+                        _, executed = arm.gate(action, tool_pose(arm.gate.q + offset)[0])
                     shortened += int(np.abs(executed[:6] - action[:6]).max() > 1e-4)
                 except Refused as why:
                     refused[str(why).split(":")[0]] += 1
