@@ -139,19 +139,22 @@ class Controller:
                 self.log.write(json.dumps({"t": time.monotonic(), **line}) + "\n")
                 self.log.flush()
 
-    def fault(self, name, value=None):
+    def fault(self, name, value=True):
         """silent: executes, says nothing | late: everything is heard and said `value` s late | refuse:
         ignores targets, answers other commands with false | drop: closes the connection, takes no other |
         error: `value` becomes the error code, the arm stops | stuck: the joints do not follow |
         gripper: answers queries about it `value` s late |
-        frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log"""
+        frozen, unplugged, black: the camera called `value` | mark: no fault, a line in the log |
+        heal: ends all faults"""
+        if name == "heal":
+            self.faults.clear()
+            self.err = 0
+            return self.stop()
         self.note(fault=name, value=value)
-        self.faults[name] = True if value is None else value
+        self.faults[name] = value
         if name == "error":
             self.stop(value)
         elif name == "drop":
-            self.server.shutdown(socket.SHUT_RDWR)
-            self.server.close()
             for client in list(self.clients):
                 client.shutdown(socket.SHUT_RDWR)
 
@@ -198,6 +201,8 @@ class Controller:
     def client(self, client):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.clients.add(client)
+        if "drop" in self.faults:
+            client.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError, ValueError):
             for line in client.makefile("rb"):
                 message = json.loads(line.strip() or "{}")

@@ -1,6 +1,6 @@
 """Causes one fault after the other while the arm moves: does it stop, how soon, and with which reason?
 
-    python tests/rehearse_faults.py                 # a table, 3 min; --only 'camera;SIGINT' for some of it
+    python tests/rehearse_faults.py                 # a table, 2 min; --only 'camera;SIGINT' for some of it
 
 The arm is driven in circles through the vendor's library against the fake controller; then comes the fault.
 "ticks" are control steps (50 ms) from the fault to the last motion of the twin's joints (more than 0.5
@@ -14,7 +14,6 @@ import pty
 import signal
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fake_arm  # noqa: E402
 from models import InputError  # noqa: E402
 from robot import (CONTROL_HZ, ArmEnv, ArmStopped, Camera, Person, RealmanArm, Rehearsal,  # noqa: E402
-                   on_signal)
+                   fake_controller, on_signal)
 
 # name: (what the controller is told or what is done here, possible beginnings of the reason that is given)
 FAULTS = {
@@ -51,60 +49,41 @@ FAULTS = {
     "second driver": ("second", ("another process",)),
 }
 
-# Each fault has two processes of its own, forked from this one, which has loaded neither the vendor's library
-# nor OpenGL. A library that hangs can then be killed, and no fault inherits what another one left behind.
+# One fake controller plays all faults and is healed in between. Each fault has a driver of its own, forked
+# from this process, which has loaded neither the vendor's library nor OpenGL: a library that hangs can then be
+# killed, and no fault inherits what another one left behind.
 processes = multiprocessing.get_context("fork")
 
 
-class Fake:
-    """The fake controller in a process of its own, and a connection for faults."""
-
-    def __init__(self, log):
-        mine, its = processes.Pipe()
-        self.process = processes.Process(target=serve, args=(its, log), daemon=True)
-        self.process.start()
-        (port, cameras), self.log = mine.recv(), log
-        self.address, self.world = f"127.0.0.1:{port}", Rehearsal(port)
-        self.cameras = {c: f"http://127.0.0.1:{cameras}/{c}" for c in ("front", "side")}
-
-    def fault(self, name, value=None):
-        self.world.ask("fault", name=name, value=value)
-
-    def measure(self):
-        """-> control steps from the last fault (or mark) to the last motion, whether all is still then, and
-        the milliseconds until a stop message came (None: none came)."""
-        rows = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
-        at = max((row["t"] for row in rows if "fault" in row), default=None)
-        if at is None:              # something else ended it before: this machine is too busy
-            return None, False, None
-        t, q = (np.array(x) for x in zip(*((row["t"], row["q"]) for row in rows
-                                           if "q" in row and row["t"] > at - 0.3)))
-        stop = next((1000 * (row["t"] - at) for row in rows if row["t"] > at
-                     and row.get("m", {}).get("command", "").endswith("stop")), None)
-        speed = np.abs(q[5:] - q[:-5]).max(1) / (t[5:] - t[:-5])         # degrees/s, over 50 ms
-        if not (speed[t[5:] < at] > 5).any():
-            return None, False, stop        # it did not move when the fault came
-        last = max(t[5:][(speed > 0.5) & (t[5:] > at)], default=at)
-        return float((last - at) * CONTROL_HZ), bool(t[-1] - last > 0.3), stop
+def measure(log, begun):
+    """-> control steps from the last fault (or mark) after `begun` to the last motion, whether all is still
+    then, and the milliseconds until a stop message came (None: none came)."""
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    rows = [row for row in rows if row["t"] > begun]
+    at = max((row["t"] for row in rows if "fault" in row), default=None)
+    if at is None:              # something else ended it before: this machine is too busy
+        return None, False, None
+    t, q = (np.array(x) for x in zip(*((row["t"], row["q"]) for row in rows
+                                       if "q" in row and row["t"] > at - 0.3)))
+    stop = next((1000 * (row["t"] - at) for row in rows if row["t"] > at
+                 and row.get("m", {}).get("command", "").endswith("stop")), None)
+    speed = np.abs(q[5:] - q[:-5]).max(1) / (t[5:] - t[:-5])         # degrees/s, over 50 ms
+    if not (speed[t[5:] < at] > 5).any():
+        return None, False, stop        # it did not move when the fault came
+    last = max(t[5:][(speed > 0.5) & (t[5:] > at)], default=at)
+    return float((last - at) * CONTROL_HZ), bool(t[-1] - last > 0.3), stop
 
 
-def serve(link, log):
-    twin = fake_arm.Twin()
-    controller = fake_arm.Controller(twin, log)
-    link.send((controller.port, fake_arm.Cameras(twin, controller.faults).port))
-    threading.Event().wait()
-
-
-def drive(fake, act, keyboard):
+def drive(ports, world, act, keyboard):
     """Drive until something ends it. -> why"""
-    arm, cameras = RealmanArm(fake.address, move=True), {}
+    arm, cameras = RealmanArm(f"127.0.0.1:{ports['port']}", move=True), {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, partial(on_signal, arm))
-        cameras = {name: Camera(name, source) for name, source in fake.cameras.items()}
+        cameras = {c: Camera(c, f"http://127.0.0.1:{ports['cameras']}/{c}") for c in ("front", "side")}
         if keyboard:
             Person(arm)
-        env = ArmEnv(arm, cameras, 64, fake.world, judged=False)
+        env = ArmEnv(arm, cameras, 64, world, judged=False)
         env.reset("stack_cups", 0)
         for i in range(100):
             if env.step(act(i), look=i % 2 == 0)[1]:
@@ -118,18 +97,19 @@ def drive(fake, act, keyboard):
             camera.close()
 
 
-def attempt(fake, name, answer):
+def attempt(ports, name, answer):
     """Drive in circles of 8 cm at 20 cm/s, cause the fault after a second. Sends the reason of the end."""
-    fault, master = FAULTS[name][0], None
+    fault, master, world = FAULTS[name][0], None, Rehearsal(ports["port"])
     if fault in ("key", "late key"):
         master, slave = pty.openpty()
         sys.stdin = os.fdopen(slave, "r")
 
     def act(i):
         if i == 13 and fault == "late key":         # when the key comes, two queries are unanswered
-            fake.fault("gripper", 0.5)
+            world.ask("fault", name="gripper", value=0.5)
         if i == 20:
-            fake.fault(*(fault if isinstance(fault, tuple) else ("mark",)))
+            told, *value = fault if isinstance(fault, tuple) else ("mark",)
+            world.ask("fault", name=told, value=value[0] if value else True)
             if isinstance(fault, signal.Signals):
                 os.kill(os.getpid(), fault)
             elif master:
@@ -137,19 +117,19 @@ def attempt(fake, name, answer):
             elif fault == "slow":
                 time.sleep(1)
             elif fault == "second":
-                RealmanArm(fake.address, move=True)
+                RealmanArm(f"127.0.0.1:{ports['port']}", move=True)
         if i >= 20 and isinstance(fault, float):
             return np.full(7, fault)
         angle = 2 * np.pi * i / 50
         return np.array([0.010 * np.cos(angle), 0.010 * np.sin(angle), 0, 0, 0, 0, 1.0])
 
-    answer.send(drive(fake, act, keyboard=master))
+    answer.send(drive(ports, world, act, keyboard=master))
 
 
-def rehearse(name, log):
+def rehearse(name, ports, log):
     """-> the row of the table. A driver that has not ended after 30 s is killed, and the row says so."""
-    fake, (mine, its) = Fake(log), processes.Pipe()
-    driver = processes.Process(target=attempt, args=(fake, name, its))
+    begun, (mine, its) = time.monotonic(), processes.Pipe()
+    driver = processes.Process(target=attempt, args=(ports, name, its))
     driver.start()
     its.close()
     try:
@@ -160,9 +140,7 @@ def rehearse(name, log):
     exited = not driver.is_alive()
     driver.kill()
     time.sleep(0.8)
-    ticks, still, stop = fake.measure()
-    fake.process.kill()
-    fake.process.join()
+    ticks, still, stop = measure(log, begun)
     return {"fault": name, "reason": why, "ticks": ticks and round(ticks, 1), "still": still,
             "stop_ms": "-" if stop is None else round(stop), "exited": exited,
             "expected": why.startswith(FAULTS[name][1])}
@@ -175,10 +153,12 @@ def main():
     args = p.parse_args()
     rows, wanted = [], [name for name in FAULTS if name.startswith(tuple(args.only.split(";")))]
     print(f"{'fault':28s}{'ticks':>6s}  {'still':6s}{'stop':>6s}  reason", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, fake_controller("--log", f"{folder}/log") as ports:
+        healer = Rehearsal(ports["port"])
         for name in wanted:
-            for number in range(3):         # again if not as expected: a busy machine is late for 100 Hz
-                row = rehearse(name, Path(folder, f"{name.split()[0]}-{number}.jsonl"))
+            for _ in range(3):          # again if not as expected: a busy machine is late for 100 Hz
+                row = rehearse(name, ports, Path(folder, "log"))
+                healer.ask("fault", name="heal")
                 good = row["expected"] and row["still"] and row["exited"]
                 print(f"{name:28s}{row['ticks'] or 0:6.1f}  {'yes' if row['still'] else 'NO':6s}"
                       f"{row['stop_ms']:>6}  {row['reason']}" + "  <-- NOT EXPECTED" * (not good),

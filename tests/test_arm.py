@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -460,18 +459,12 @@ def test_a_gripper_is_asked_again_until_four_answers_in_a_row_are_missing(driver
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory):
-    """Rows of tests/rehearse_faults.py, played in two halves at the same time: {fault: row}."""
-    folder = tmp_path_factory.mktemp("faults")
-
-    def half(i):
-        some = ";".join(list(STOPS)[i::2])
-        return python("tests/rehearse_faults.py", "--only", some, "--json", folder / f"{i}.json", limit=200,
-                      check=False)
-
-    with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(half, (0, 1)))
-    assert len(list(folder.iterdir())) == 2, halves
-    return {row["fault"]: row for path in folder.iterdir() for row in json.loads(path.read_text())}
+    """Rows of tests/rehearse_faults.py: {fault: row}."""
+    path = tmp_path_factory.mktemp("faults") / "rows.json"
+    output = python("tests/rehearse_faults.py", "--only", ";".join(STOPS), "--json", path, limit=200,
+                    check=False)
+    assert path.exists(), output
+    return {row["fault"]: row for row in json.loads(path.read_text())}
 
 
 # Control steps (50 ms) within which all is still. Looser than what is measured: a shared machine is slow. The
