@@ -180,7 +180,7 @@ class Gate:
     no jump to another branch; at most MAX_JOINT_STEP; CLEARANCE; the tool inside its box.
 
     Steps that are too large are shortened; everything else is refused. A refused command changes nothing, so
-    targets never wind up. A path that is planned in joints, the way home, needs admit() alone.
+    targets never wind up. The way home is planned in joints; it passes admit() alone.
     """
 
     def hold(self, q):
@@ -306,7 +306,7 @@ class RealmanArm:
         except (OSError, ValueError) as e:
             raise InputError(f"--arm takes IP or IP:PORT, got {address!r} ({e}); the vendor's default is "
                              "192.168.1.18") from e
-        self.gate, self.stopped, self.watch = Gate(), None, []  # watch: functions that say why to stop
+        self.gate, self.stopped, self.watch = Gate(), None, []  # watch: functions -> why to stop, or None
         self.state = self.opening = self.grip = self.grip_sent = None   # state: (time, joints rad, errors)
         self.armed = self.closing = False
         self.command_at = self.lag_since = self.last_frame = None
@@ -354,8 +354,8 @@ class RealmanArm:
         self._callback = sdk.rm_realtime_arm_state_callback_ptr(self._receive)      # must outlive the arm
         self.arm.rm_realtime_arm_state_call_back(self._callback)
         if not self.heard.wait(1):
-            raise InputError("the controller's state does not arrive: on the vendor's page, switch on its UDP "
-                             f"push to {here}; open that port in this machine's firewall")
+            raise InputError("the controller's state does not arrive: on the vendor's page, switch on its "
+                             f"UDP push to {here}; open that port in this machine's firewall")
         for step, name in ((self._grip_step, "gripper's"), (self._frame_step, "watchdog's")):
             self.threads.append(threading.Thread(target=self._repeat, args=(step, name), daemon=True))
             self.threads[-1].start()
@@ -548,12 +548,12 @@ class RealmanArm:
         return next(filter(None, (watch() for watch in self.watch)), None)
 
     def _grip_step(self):
-        """The gripper, 20 times a second: send the wanted side when it changes, then ask for the opening.
+        """The gripper, up to 20 times a second: open or close it when wanted, then ask for its opening.
 
         A refused command, or SILENT unanswered queries in a row (one to two seconds), stop the arm. A single
-        time-out (200 ms, the library prints "get_gripper_state revice error") is normal on a busy machine and
-        delays no target. It may delay a stop, mostly by less than 15 ms, once by 166 ms
-        (tests/rehearse_faults.py), and `opening` may then be half a second old.
+        time-out (200 ms, the library prints "get_gripper_state revice error") is normal on a busy machine. It
+        delays no target, but it may delay a stop: mostly by less than 15 ms, once by 166 ms
+        (tests/rehearse_faults.py). `opening` may then be half a second old.
         """
         wanted, code = self.grip, 0
         if self.move and self.armed and not self.stopped and wanted not in (None, self.grip_sent):
@@ -655,7 +655,7 @@ class Camera:
             return f"camera {self.name}: {self.why}, for {age:.2f} s"
 
 
-# ---- the person beside the arm, or the rehearsal in that place -------------------------------------------
+# ---- the person at the arm, or the rehearsal in place of one ---------------------------------------------
 
 class Person:
     """The keyboard, read without Enter, and the person at it, who sets the scene, judges the outcome and may
@@ -703,11 +703,12 @@ class Person:
         return key
 
     def ready(self):
-        self.ask("\nhold what the gripper holds, then Enter: it opens, and the arm goes home", "\n\r")
+        self.ask("\ntake hold of what is in the gripper, then press Enter: the gripper opens, and the arm "
+                 "goes home", "\n\r")
 
     def set_scene(self, task, start):
-        self.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then Enter "
-                 "(the space bar stops the arm at any time)", "\n\r")
+        self.ask(f"\n{task} #{start}: \"{TASKS[task].instruction}\"\nset the scene, step back, then press "
+                 "Enter (the space bar stops the arm at any time)", "\n\r")
 
     def verdict(self):
         """True (y), False (n), or None: the episode goes on."""
@@ -778,8 +779,8 @@ class ArmEnv:
     """The arm as an environment, at CONTROL_HZ in real time.
 
     who      a Person or the Rehearsal, who sets the scene and judges
-    journal  a file for one line per command: the action as it came and as it was executed, why it was
-             refused, where the joints were, how late it was, how old state and pictures were
+    journal  a file that gets one line per command: the requested and the executed action, why it was
+             refused, target and measured joints, how late it was, the age of state and pictures
     judged   False: nobody is asked for the outcome, the operator ends the episode
 
     `aborted` says why an episode was given up, or None. Such an episode has failed; the arm holds its target.
@@ -830,7 +831,7 @@ class ArmEnv:
         now = time.monotonic()
         self.due += 1 / CONTROL_HZ
         self.lateness.append(max(0.0, now - self.due))
-        if now > self.due:                      # the step ended before its command went out: a new one begins
+        if now > self.due:                      # the command came after the end of its step: begin a new step
             self.due = now + 1 / CONTROL_HZ
         time.sleep(max(0.0, self.due - time.monotonic()))
         self.steps += 1
@@ -876,10 +877,10 @@ class QuestTeleop:
     """A Meta Quest through the `teleop` package, whose page in the headset's browser sends the controller's
     pose. Grip: hold the arm; trigger: gripper; A: save; B: discard.
 
-    While the grip is held, the tool repeats the motion of the hand. Silence counts as an open grip. After a
-    jump the grip must be opened first: when tracking is lost, the page sends the headset's pose instead, and
-    the package hides the jump, so it is looked for in the raw positions. The page asks for no password and is
-    served on loopback alone; `adb reverse` brings it to a headset on a USB cable.
+    While the grip is held, the tool repeats the motion of the hand. Silence counts as an open grip. When
+    tracking is lost, the page sends the headset's pose instead of the hand's. The package hides this jump, so
+    we look for it in the raw positions; after a jump the grip must be opened first. The page asks for no
+    password and is served on loopback alone; `adb reverse` brings it to a headset on a USB cable.
     """
     BUTTONS = {"reservedButtonA": "save", "reservedButtonB": "discard"}
     SILENCE = 0.25      # s
@@ -961,9 +962,9 @@ def policy_function(policy, instruction, rng):
 def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
     """InputError if a finetuned checkpoint does not fit an environment.
 
-    label and name stand for the two in messages. The environment observes `cameras` and proprio_dim numbers.
-    Its `action` is described like ACTION: number, units and `delta` must be those of the checkpoint's data,
-    and so must the control rate hz.
+    Messages call the two `label` and `name`. The other arguments describe the environment: the names of its
+    cameras, how many numbers of proprioception it observes, its action (as in ACTION) and its control rate in
+    Hz. The action's width, units and `delta` and the rate must be those of the checkpoint's data.
     """
     config, data = checkpoint["config"], checkpoint["data"]
     trained = data.get("action") or {}
@@ -1002,7 +1003,7 @@ def write_film(path, frames, hz):
 # ---- around every command: consent, output folder, station -----------------------------------------------
 
 def consent(args, what):
-    """A person at a terminal has to type MOVE before a real arm moves or a file of it is overwritten."""
+    """Before a real arm moves or its files are overwritten, a person at a terminal has to type MOVE."""
     if args.arm == "sim" or not args.move:
         return
     if not sys.stdin.isatty():
@@ -1013,8 +1014,8 @@ def consent(args, what):
     print(f"""The arm at {args.arm} is going to move: first home, then {what}.
   box    {box} m from its base
   speed  at most {MAX_STEP * CONTROL_HZ:.1f} m/s, joints {joints:.0f} degrees/s; way home {home:.0f} degrees/s
-Nobody within reach, the emergency stop in your hand: it is the safety device, this is a program.
-type MOVE:""", end=" ", flush=True)
+Keep everybody out of its reach and the emergency stop in your hand: that is the safety device, not this
+program. Type MOVE:""", end=" ", flush=True)
     if sys.stdin.readline().strip() != "MOVE":
         raise InputError("not confirmed: nothing was sent")
 
@@ -1085,8 +1086,8 @@ def station(args):
             for what, found, right in checks:
                 print(f"{'ok' if right else 'WRONG':6s} {what:16s} {found}")
             if not arm.move:
-                print("DRY RUN: everything is computed, but nothing that moves is sent and no episode is kept; "
-                      "--move moves the arm")
+                print("DRY RUN: everything is computed, but nothing that moves is sent and no episode is "
+                      "kept; --move moves the arm")
             if wrong := [f"{what} is {found}" for what, found, right in checks if not right]:
                 raise InputError(f"the arm is not ready: {'; '.join(wrong)}. Correct it on the vendor's page "
                                  "or pendant")
@@ -1208,7 +1209,7 @@ def write_take(path, task, start, rows):
 
 
 def replay(args):
-    """Executes the actions of a recorded take at a share of its speed: each is split into equal parts."""
+    """Executes the actions of a recorded take, slower than recorded: each is split into equal parts."""
     if not 0 < args.speed <= 1:
         raise InputError(f"--speed takes a share above 0, 1 = as recorded; got {args.speed}")
     try:
@@ -1247,7 +1248,7 @@ def run_rollout(args):
         policies[file_hash(path)] = path, policy, chunker, checkpoint["data"].get("resize")
     if args.compare and len(policies) < 2:
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}")
-    consent(args, f"up to {args.episodes} episodes per task under {args.checkpoint} {args.compare or ''}")
+    consent(args, f"up to {args.episodes} episodes per task with {args.checkpoint} {args.compare or ''}")
     settings = {"env": "arm", "arm": args.arm, "execute": args.execute}
     starts = range(EVAL_SEED0, EVAL_SEED0 + args.episodes)
     with open_output(args, out / "settings.json", settings) as journal, station(args) as s:
@@ -1339,7 +1340,7 @@ def solid(shape, size, rgba, mass, **attributes):
 
 
 def look(shape, size, rgba, mass=0, **attributes):
-    """A geom that is only seen."""
+    """A geom that is seen but does not collide."""
     return solid(shape, size, rgba, mass, contype=0, conaffinity=0, **attributes)
 
 

@@ -50,8 +50,8 @@ FAULTS = {
 }
 
 # One fake controller plays all faults and is healed in between. Each fault has a driver of its own, forked
-# from this process, which has loaded neither the vendor's library nor OpenGL: a library that hangs can then be
-# killed, and no fault inherits what another one left behind.
+# from this process, which has loaded neither the vendor's library nor OpenGL: a library that hangs can be
+# killed then, and no fault inherits what another one left behind.
 processes = multiprocessing.get_context("fork")
 
 

@@ -30,8 +30,9 @@ import robot
 from fuzz_gate import COMMANDS
 from models import POLICIES, InputError, make_policy, read_lines, save_checkpoint
 from robot import (ACTION, HOME, HOME_JOINTS, JOINT_LIMIT, JOINT_MARGIN, MAX_JOINT_STEP, MAX_STEP, MAX_TURN,
-                   PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, Person, QuestTeleop, RealmanArm,
-                   Refused, check_fit, clearance, fake_controller, inverse_kinematics, path_home, tool_pose)
+                   PROPRIO_DIM, TOOL_DOWN, WORKSPACE, ArmStopped, Camera, Gate, Person, QuestTeleop,
+                   RealmanArm, Refused, check_fit, clearance, fake_controller, inverse_kinematics, path_home,
+                   tool_pose)
 
 ROOT = Path(robot.__file__).parent
 
