@@ -116,8 +116,7 @@ def test_spread_scales_the_start_regions():
 
 
 @needs_gl
-@pytest.mark.parametrize("embodiment", ["robot", "hand"])
-def test_the_same_seed_is_the_same_film_bit_for_bit(embodiment):
+def test_the_same_seed_is_the_same_film_of_the_hand_bit_for_bit():
     def film(env, seed):
         obs, expert = env.reset("stack_cups", seed), Expert(env, seed)
         seen = []
@@ -125,13 +124,13 @@ def test_the_same_seed_is_the_same_film_bit_for_bit(embodiment):
             obs, _, _ = env.step(expert.act())
             seen += [value.tobytes() for value in (*obs["images"].values(), obs["proprio"])]
         return seen
-    env = TwinEnv(embodiment, image_size=32)
+    env = TwinEnv("hand", image_size=32)
     first = film(env, 4)
     assert film(env, 9) != first
     env.reset("cups_on_plate", 1)
     env.step(np.ones(7))
     assert film(env, 4) == first                                        # after other episodes
-    assert film(TwinEnv(embodiment, image_size=32), 4) == first         # in another environment
+    assert film(TwinEnv("hand", image_size=32), 4) == first             # in another environment
 
 
 # ---- robot and hand ----
