@@ -512,14 +512,13 @@ class RealmanArm:
         """Send the next joints on the straight line to the aim, to arrive in frames_left frames of 10 ms.
         However late a command or a frame is, the arm moves no faster than MAX_JOINT_STEP and MAX_STEP per
         control step."""
-        step = (self.aim - self.sent) / max(frames_left, 1)
         share = CONTROL_HZ * FRAME                      # one frame is this share of a control step
-        slower = min(1.0, share * MAX_JOINT_STEP / max(np.abs(step).max(), 1e-12))
+        step = shorten((self.aim - self.sent) / max(frames_left, 1), share * MAX_JOINT_STEP, np.inf)
         tool = tool_pose(self.sent)[0]
         for _ in range(2):                              # twice, because the tool moves on a curve
-            distance = np.linalg.norm(tool_pose(self.sent + slower * step)[0] - tool)
-            slower *= min(1.0, share * MAX_STEP / max(distance, 1e-12))
-        self.sent = self.sent + slower * step
+            distance = np.linalg.norm(tool_pose(self.sent + step)[0] - tool)
+            step = step * min(1.0, share * MAX_STEP / max(distance, 1e-12))
+        self.sent = self.sent + step
         with self.wire:
             if not self.stopped and self.move:
                 self.returned = self.arm.rm_movej_canfd(np.degrees(self.sent).tolist(), True)
