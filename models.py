@@ -21,6 +21,9 @@ Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action w
 P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,
 S x K stochastic state (S variables of K classes). DreamerV3 calls its stochastic state z_t, LAWM its latent
 action. Here the state is `deter` and `stoch`; the latent action is `z`, or `actions` inside the world model.
+
+Tags in comments of all scripts: DEVIATION: where this code differs from the paper on purpose; ASSUMPTION: a
+choice where the paper is silent; UPSTREAM: what the authors' published release does.
 """
 import argparse
 import errno
@@ -55,8 +58,8 @@ class TextEncoder:
     """Frozen text encoder: list of B str -> (B, L) float32 array. InputError if it cannot be loaded.
 
     "hash" hashes words and pairs of neighbouring words into 512 signed counts: it has no weights, needs no
-    download and knows no synonyms. `transformers` loads the others from a local folder of the name in HUB,
-    from its cache, or from the hub.
+    download and knows no synonyms. `transformers` loads the others from a local folder with the name given
+    in HUB, from its cache, or from the hub.
     """
     DIM = {"hash": 512, "minilm": 384, "clip": 512}                                   # L
     HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2",      # as in the original BAKU
@@ -342,7 +345,8 @@ class Policy(nn.Module):
     config["head"] says what the last layer of the network produces:
         latent  latent actions (B, n, Z) for the world model (stage 1)
         action  actions (B, n, A), by a new last layer (stage 2, the paper's choice)
-        add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative)
+        add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative;
+                in Diffusion Policy by new layers before and after its network)
     The other keys are policy (name in POLICIES), cameras, image_size, chunk, text_encoder, proprio_dim (or
     None), action_dim (or None), latent_dim, latent_norm, proprio_dropout, and one entry of the class's SIZES.
 
@@ -498,7 +502,8 @@ class ACT(Policy):
                                       for _ in range(config["decoder_layers"])])
         self.norm = nn.LayerNorm(width)
         if self.head != "latent":                       # pretraining has no actions to encode
-            # The evidence bound of a Laplace likelihood is sum |a - mean| + KL; the loss has the mean error.
+            # The negative evidence lower bound with a Laplace likelihood is sum |a - mean| + KL. The loss has
+            # the mean error instead of the sum, so the KL is divided by n * A, too.
             # DEVIATION: the original's weight is 10, with which the style collapses (tested).
             self.kl_weight = 1 / (config["chunk"] * config["action_dim"])
             self.style_action_in = nn.Linear(config["action_dim"], width)
@@ -586,7 +591,8 @@ class DiffusionPolicy(Policy):
         self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)   # (STEPS,)
 
     def last_layers(self, latent, action):
-        """ASSUMPTION: the U-Net's first layer is renewed as well: it takes latent actions or actions, too."""
+        """ASSUMPTION: stage 2 also renews the layer in front of the U-Net, because its input changes from
+        latent actions to actions."""
         first = self.config["down"][0]
         if self.head != "action":
             self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
@@ -726,17 +732,17 @@ def make_policy(config):
 #                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
 #                                       +--> decoder (Eq. 4): decodes o_t+1 from h and either s
 
-# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent. Behind each its
-# parameters here, in millions, with images of 64 pixels (tiny, 1m) or 128. UPSTREAM: 1.8 (1m), 29, 65, 116,
-# 260 and 463, because of a dense GRU and a deeper decoder.
+# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent. The comments give
+# the parameters in millions, here (images of 64 pixels for tiny and 1m, else 128) and of the release, which
+# has a dense GRU and a deeper decoder.
 WORLD_MODEL_SIZES = {
     "tiny": dict(deter=256, hidden=128, stoch=32, classes=16, depth=8, blocks=4),     # 1.0; ours, for laptops
-    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),         # 0.56
-    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),    # 8.9
-    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),    # 20
-    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # 36; the paper's
-    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),   # 80
-    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),  # 142
+    "1m": dict(deter=512, hidden=64, stoch=32, classes=4, depth=4, blocks=8),         # 0.56; release 1.8
+    "12m": dict(deter=2048, hidden=256, stoch=32, classes=16, depth=16, blocks=8),    # 8.9; release 29
+    "25m": dict(deter=3072, hidden=384, stoch=32, classes=24, depth=24, blocks=8),    # 20; release 65
+    "50m": dict(deter=4096, hidden=512, stoch=32, classes=32, depth=32, blocks=8),    # 36; release 116; paper
+    "100m": dict(deter=6144, hidden=768, stoch=32, classes=48, depth=48, blocks=8),   # 80; release 260
+    "200m": dict(deter=8192, hidden=1024, stoch=32, classes=64, depth=64, blocks=8),  # 142; release 463
 }
 
 
@@ -795,7 +801,7 @@ class RSSM(nn.Module):
     def sequence(self, state, action):
         """(Eq. 1)  h_k+1 = f(h_k, s_k, z_k), a block-diagonal GRU: state, (B, Z) -> (B, D)."""
         b, deter = len(action), state["deter"]
-        # As in DreamerV3, actions beyond [-1, 1] are scaled down. Latent actions never are; true ones may be.
+        # As in DreamerV3, numbers beyond [-1, 1] are clipped but keep a gradient. True actions may have some.
         action = action / action.abs().clamp(min=1).detach()
         x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
                        self.in_action(action)], -1)
@@ -895,7 +901,7 @@ class WorldModel(nn.Module):
     """Predicts o_t+1 ... o_t+n from o_t and n actions: an RSSM with a convolutional encoder and decoder.
 
     It takes any actions (B, n, Z): latent, true, shuffled or zero. The first state is the posterior of o_t,
-    so every action has an effect, the first one included.
+    or zero without the context frame. Every action has an effect, also the first one.
     UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t has no effect. It copies the
     actions with torch.tensor(), which detaches them, so no gradient reaches its policy.
 
@@ -978,12 +984,13 @@ class WorldModel(nn.Module):
     def total(self, terms):
         """Negative evidence lower bound of the video, per step: {name: (B, n)} from losses() -> (B, n)."""
         free_bits, dyn, rep = (self.config[name] for name in ("free_bits", "dyn_scale", "rep_scale"))
-        unused = {"posterior": "open_loop", "prior": "recon", "both": None}[self.config["predict"]]
-        # (Eq. 5)  L = |o_t - ^o_t|^2 + mean_k [ |o_k - ^o_k|^2
-        #              + 0.5 max(1, KL[sg(q) || p]) + 0.1 max(1, KL[q || sg(p)]) ]        (sg: stop gradient)
+        left_out = {"posterior": "open_loop", "prior": "recon", "both": None}[self.config["predict"]]
+        # (Eq. 5)  L = mean_k [ |o_k - ^o_k|^2
+        #              + dyn max(free, KL[sg(q) || p]) + rep max(free, KL[q || sg(p)]) ]
+        # sg: stop gradient, free: free bits. losses() explains the terms that are not in the paper.
         kl = dyn * terms["kl_dyn"].clamp(min=free_bits) + rep * terms["kl_rep"].clamp(min=free_bits)
         return kl + sum(terms[name] for name in ("context", "recon", "open_loop")
-                        if name in terms and name != unused)
+                        if name in terms and name != left_out)
 
     def losses(self, images, actions, predict, decode_steps):
         """Every term of the loss, per step: images and actions as in loss() -> {name: (B, n)}.
@@ -1045,7 +1052,8 @@ class WorldModel(nn.Module):
 class InverseDynamics(nn.Module):
     """Latent action z_k from the frames around it, o_k and o_k+1, as in LAPA (Ye et al. 2024): the paper's
     comparison (Table III). A policy must then learn to predict these latent actions without the future.
-    config: the world model's. Latents are bounded as in Policy.squash, padded steps included."""
+    config: the world model's. Each dimension is standardised over batch and steps, padded ones included, and
+    bounded by a tanh."""
 
     def __init__(self, config):
         super().__init__()
@@ -1092,7 +1100,7 @@ class ActionChunker:
         self.reset()
 
     def reset(self):
-        self.live = []          # of every chunk in use the actions that are left, (<= n, A); oldest first
+        self.live = []          # the remaining actions of each active chunk, (<= n, A) each; oldest first
 
     @property
     def asks(self):
@@ -1251,7 +1259,7 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """-> dict. InputError when there is no file or it is no checkpoint. Nothing in the file is executed."""
+    """-> dict. InputError when the file is absent or not a checkpoint. Nothing in the file is executed."""
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}: run the stage before this one, or give its path")
     try:
