@@ -7,7 +7,7 @@
 
 A real arm moves only with --move; without it every command is a dry run. `--arm sim` is a rehearsal without
 an arm: the vendor's library talks to a fake controller (tests/fake_arm.py), which moves the twin in real
-time. README, "On a real arm", gives the order of the first steps and says what was never tested on hardware.
+time. This program has never moved a real arm. README, "On a real arm", gives the order of the first steps.
 
 The first part of this file is the arm: kinematics, the safety gate, the driver with its watchdog, cameras,
 teleoperation, rollouts, commands. The second part is the twin: the table of the paper's five tasks, built
@@ -132,13 +132,16 @@ def reach(z):
     return np.sqrt((DH[2, 1] + DH[3, 2] - 0.004) ** 2 - wrist_above_shoulder ** 2)
 
 
+CLEARANCE = 0.02        # m between parts of the arm, and between the arm and the table
 # Radii (m) of the capsules around base column, upper arm, forearm, and wrist with tool
 RADII = np.array([0.065, 0.055, 0.050, 0.050])
+FINGER = np.array([0.067, 0.012])       # m from the tool centre to an open finger's outside, and to its tip
 
 
 def clearance(q):
-    """Smallest gap (m) between parts of the arm that share no joint, or between the table and forearm or
-    wrist. Parts are capsules, sampled at nine points each: the error is at most 4 mm."""
+    """Smallest gap (m) between parts of the arm that share no joint, or between the table and forearm, wrist
+    or fingers. Parts are capsules, sampled at nine points each: the error is at most 4 mm. The fingers have
+    to come near the table: CLEARANCE is added to their gap, so the gate keeps their tips above the table."""
     frames = joint_frames(q)
     tool = frames[-1, :3, 3] + (TOOL - 0.02) * frames[-1, :3, 2]
     corners = np.array([np.zeros(3), frames[1, :3, 3], frames[2, :3, 3], frames[3, :3, 3], tool])
@@ -146,8 +149,9 @@ def clearance(q):
     points = corners[:-1, None] * (1 - share) + corners[1:, None] * share       # (4 parts, 9, 3)
     gaps = [np.linalg.norm(points[i][:, None] - points[j][None], axis=-1).min() - RADII[i] - RADII[j]
             for i, j in ((0, 2), (0, 3), (1, 3))]
-    # The wrist counts down to the flange only: the fingers must come near the table, WORKSPACE limits them.
-    return min(*gaps, points[2, :, 2].min() - RADII[2], frames[-1, 2, 3] - RADII[3])
+    tips = frames[-1, 2, 3] + (TOOL + FINGER[1]) * frames[-1, 2, 2] - FINGER[0] * abs(frames[-1, 2, 1])
+    # The wrist capsule contains the hand, so only its end at the flange is compared with the table.
+    return min(*gaps, points[2, :, 2].min() - RADII[2], frames[-1, 2, 3] - RADII[3], tips + CLEARANCE)
 
 
 # ---- the safety gate -------------------------------------------------------------------------------------
@@ -157,7 +161,6 @@ MAX_JOINT_STEP = np.radians(4.5)    # per control step: 90 degrees/s, half of wh
 BRANCH = np.radians(40)             # a solution this far from the last one lies on another branch
 LEAD = 0.04                         # m that the commanded tool may run ahead of the measured one
 MAX_TILT = 0.6                      # rad of the tool from straight down
-CLEARANCE = 0.02                    # m between parts of the arm, and between the arm and the table
 ABOVE = np.array([[-0.7, -0.7, 0.10], [0.7, 0.7, 1.1]])     # m, box for the tool on its way home
 HOME_SPEED = np.radians(20)         # rad/s on the way home
 
@@ -179,8 +182,9 @@ class Gate:
     solution of the inverse kinematics; MAX_TILT. Then admit() checks the joints: limits minus JOINT_MARGIN;
     no jump to another branch; at most MAX_JOINT_STEP; CLEARANCE; the tool inside its box.
 
-    Steps that are too large are shortened; everything else is refused. A refused command changes nothing, so
-    targets never wind up. The way home is planned in joints; it passes admit() alone.
+    Steps that are too large, or that leave LEAD, WORKSPACE or reach, are shortened; everything else is
+    refused. A refused command changes nothing, so targets never wind up. The way home is planned in joints;
+    it passes admit() alone.
     """
 
     def hold(self, q):
@@ -265,7 +269,7 @@ FRAME = 0.01                        # s between two joint targets, as the contro
 
 
 class ArmStopped(Exception):
-    """The arm was stopped and stays so, with the reason. Only a new start of the script moves it again."""
+    """The arm was stopped, for the reason given, and stays stopped until the script is started again."""
 
 
 def within(seconds, call, *args):
@@ -281,7 +285,7 @@ def within(seconds, call, *args):
 class RealmanArm:
     """Driver and watchdog of a Realman RM65-B with a parallel gripper, through the vendor's library.
 
-    One kind of message moves the arm: joint targets (movej_canfd), sent every 10 ms by a thread that
+    Only one kind of message moves the joints: targets (movej_canfd), sent every 10 ms by a thread that
     interpolates between the gate's targets. No planned motion is ever sent. If this process dies (kill -9, a
     crash, a pulled cable), no further target arrives and the arm stands at the last one.
 
@@ -691,7 +695,8 @@ class Person:
     def ask(self, question, answers):
         """Wait for one of the keys in `answers`. ArmStopped; InputError without a terminal."""
         if not self.terminal:
-            raise InputError("a person has to answer here, but stdin is no terminal (--arm sim asks nobody)")
+            raise InputError("a person has to answer here, but stdin is not a terminal (--arm sim asks "
+                             "nobody)")
         print(question, end=" ", flush=True)
         while self.get():
             pass
@@ -973,7 +978,7 @@ def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
             ("as `delta` (which numbers are changes per step)", trained.get("delta"), action["delta"]),
             ("numbers of proprioception", config["proprio_dim"] or proprio_dim, proprio_dim)):
         if has != takes:
-            raise InputError(f"{label} was finetuned with {has} {what}, {name} has {takes}: give a "
+            raise InputError(f"{label} was finetuned with {has} {what}, but {name} has {takes}: give a "
                              "checkpoint that was finetuned on this robot's data")
     if not set(config["cameras"]) <= set(cameras):
         raise InputError(f"{label} needs the cameras {', '.join(config['cameras'])}, {name} has "
@@ -1002,16 +1007,16 @@ def write_film(path, frames, hz):
 # ---- around every command: consent, output folder, station -----------------------------------------------
 
 def consent(args, what):
-    """Before a real arm moves or its files are overwritten, a person at a terminal has to type MOVE."""
+    """Before a real arm moves, and before its run overwrites files, a person has to type MOVE."""
     if args.arm == "sim" or not args.move:
         return
     if not sys.stdin.isatty():
-        raise InputError("--move asks for a word to be typed at a terminal, but stdin is none: without "
-                         "--move this is a dry run, --arm sim moves the twin")
+        raise InputError("--move asks for a word to be typed, but stdin is not a terminal: leave out --move "
+                         "for a dry run, or give --arm sim to move the twin")
     box = ", ".join(f"{axis} {low} to {high}" for axis, low, high in zip("xyz", *WORKSPACE))
     joints, home = np.degrees([MAX_JOINT_STEP * CONTROL_HZ, HOME_SPEED])
-    print(f"""The arm at {args.arm} is going to move: first home, then {what}.
-  box    {box} m from its base
+    print(f"""The arm at {args.arm} is going to move: the gripper opens, the arm goes home, then {what}.
+  box    {box} m from its base; way home: above {ABOVE[0, 2]} m
   speed  at most {MAX_STEP * CONTROL_HZ:.1f} m/s, joints {joints:.0f} degrees/s; way home {home:.0f} degrees/s
 Keep everybody out of its reach and the emergency stop in your hand: that is the safety device, not this
 program. Type MOVE:""", end=" ", flush=True)
@@ -1118,7 +1123,7 @@ def record(args):
     OUT/<task>-<start>.h5   one per kept take, T observations and T-1 actions, written atomically:
         images/<camera>     (T,) JPEG files, quality 95, as large as the camera gives them
         image_time/<camera> (T,) s, when the picture came
-        time                (T,) s, when the action was sent; all times are of one monotonic clock
+        time                (T,) s, just before the action was sent; all times are of one monotonic clock
         actions, commanded  (T-1, 7) float32: what the safety gate executed, and what the operator asked for
         joints              (T, 6) rad, measured
         proprio             (T, 7) float32
@@ -1216,7 +1221,7 @@ def replay(args):
             task, start, proprio = f.attrs["task"], int(f.attrs["start"]), f["proprio"][:]
             actions, instruction = f["actions"][:].astype(np.float64), TASKS[task].instruction
     except (OSError, KeyError) as e:
-        raise InputError(f"{args.take} is no take of `robot.py record` ({e})") from e
+        raise InputError(f"{args.take} is not a take of `robot.py record` ({e})") from e
     parts = int(np.ceil(1 / args.speed))
     what = f"{args.take} ({instruction}) at 1/{parts} of its speed"
     consent(args, what)
@@ -1840,9 +1845,9 @@ class Expert:
 
     def _action(self, move, grip):
         self.jitter = 0.7 * self.jitter + self.rng.normal(size=6) * ([0.0008] * 3 + [0.004] * 3)
-        calm = min(1.0, np.linalg.norm(move) / self.fast)       # only a moving hand shakes
+        shake = min(1.0, np.linalg.norm(move) / self.fast)      # only a moving hand shakes
         turn = -0.3 * self.env.proprio()[3:6]
-        return np.array([*move, *turn, grip]) + calm * np.append(self.jitter, 0)
+        return np.array([*move, *turn, grip]) + shake * np.append(self.jitter, 0)
 
 
 def expert_episode(env, task, seed):

@@ -159,6 +159,17 @@ def test_joint_limits_keep_their_margin_and_the_tool_may_not_lean_far(gate):
     assert gate.turn[2, 2] < -np.cos(robot.MAX_TILT + MAX_TURN)
 
 
+def test_the_fingers_of_a_leaning_tool_stay_above_the_table(gate):
+    for _ in range(20):
+        gate([0, 0, -MAX_STEP, 0, 0, 0, 1], gate.position)
+    with pytest.raises(Refused, match="collision"):
+        for _ in range(40):
+            gate([0, 0, 0, 0.01, 0, 0, 1], gate.position)
+    outside, tip = 0.067, 0.012         # m from the tool centre, of an open finger
+    lowest = gate.position[2] + tip * gate.turn[2, 2] - outside * abs(gate.turn[2, 1])
+    assert 0 <= lowest < 0.001 and abs(gate.turn[2, 1]) > 0.03
+
+
 def test_a_jump_to_another_branch_and_a_folded_arm_are_refused(gate):
     with pytest.raises(Refused, match="branch"):
         gate.admit(gate.q + [0, 0, 0, 2.0, 0, 0])
