@@ -63,6 +63,7 @@ PROPRIO = {"names": ACTION["names"], "units": ACTION["units"], "frame": "robot b
            "gripper": "1 = open .. 0 = closed"}
 TAKE_FORMAT = 1                     # format version of the takes that `record` writes
 MAX_STEP, MAX_TURN = 0.02, 0.1      # m and rad per control step; larger actions are shortened
+# WORKSPACE and HOME assume a table top at the height of the base, z = 0. Adapt them, TOOL and FINGER.
 WORKSPACE = np.array([[0.15, -0.22, 0.016], [0.45, 0.22, 0.25]])    # m, box for the commanded tool centre
 HOME = np.array([0.27, 0.0, 0.17])  # m, tool centre at the start of an episode (the twin varies it by 2 cm)
 TOOL_DOWN = np.diag([-1.0, 1.0, -1.0])   # the tool's frame when it points down, fingers along y
