@@ -1028,15 +1028,18 @@ program. Type MOVE:""", end=" ", flush=True)
 def open_output(args, about, settings):
     """Prepare the folder of a command's episodes and write the settings to its file `about`. -> the folder's
     journal commands.jsonl, see ArmEnv. InputError if the folder is in use, or if its episodes were made with
-    other settings."""
+    other settings. A rehearsal never overwrites what a real arm recorded."""
     out = about.parent
     episodes = [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
+    before = read_json(about) if about.exists() else {}
     check_free(out, episodes, args)
     if args.overwrite:
+        if episodes and before.get("arm") != args.arm == "sim":
+            raise InputError(f"{out} holds episodes of the arm at {before.get('arm')}: name another --out")
         for path in [*episodes, out / "commands.jsonl"]:
             path.unlink(missing_ok=True)
     elif episodes:
-        check_same(out, read_json(about) if about.exists() else {}, settings)
+        check_same(out, before, settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(about, settings)
     return open(out / "commands.jsonl", "a", buffering=1)

@@ -549,6 +549,11 @@ def test_a_recorded_set_is_neither_mixed_with_another_nor_recorded_again(recordi
         with pytest.raises(InputError, match=message):
             robot.main(record + flags)
     robot.main(record + ["--resume"])                       # all takes are there: no arm is needed
+    about = json.loads((recording / "takes.json").read_text())
+    (recording / "takes.json").write_text(json.dumps({**about, "arm": "192.168.1.18"}))
+    with pytest.raises(InputError, match="holds episodes of the arm at 192.168.1.18"):
+        robot.main(record + ["--overwrite"])                # a rehearsal never replaces real takes
+    (recording / "takes.json").write_text(json.dumps(about))
     assert (recording / "stack_cups-00000.h5").read_bytes() == first
 
 
