@@ -162,6 +162,9 @@ def load_models(paths, device):
     for path in paths:
         models[path], checkpoint = load_policy(path, device, stage="pretrain")
         checkpoints.append(checkpoint)
+        if not all(v.isfinite().all() for part in ("world_model", "inverse")
+                   for v in checkpoint.get(part, {}).values()):
+            raise InputError(f"{path} has NaN or infinity in its world model: train it again")
         if models[path].chunk != models[paths[0]].chunk:
             raise InputError(f"{path} has chunks of {models[path].chunk} actions, {paths[0]} of "
                              f"{models[paths[0]].chunk}: compare policies of one --chunk")

@@ -35,7 +35,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
-import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -323,7 +322,8 @@ def report(out, lines, pair, about):
                  for task in dict.fromkeys(line["task"] for line in own)}
         overall = success_rate([line["success"] for line in own])
         arms[key] = {"label": own[0]["label"], "tasks": rates, "overall": overall}
-        rows += [(own[0]["label"], task, *percent(rate)) for task, rate in (rates | {"all": overall}).items()]
+        rows += [(own[0]["label"], task, *percent(rate, int(rate["n"] > 100)))
+                 for task, rate in (rates | {"all": overall}).items()]
     print("\n" + markdown_table(rows))
     made_by = sorted({f"{line['commit']}, {line['machine']}" for line in lines})
     if len(made_by) > 1:

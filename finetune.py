@@ -103,6 +103,8 @@ def starting_point(args):
         raise InputError(f"--{list(chosen)[0].replace('_', '-')} goes with --init scratch: {args.init} has "
                          "its own architecture")
     checkpoint = load_checkpoint(args.init)
+    if args.head == "add" and checkpoint["config"]["head"] == "action":
+        raise InputError(f"--head add needs latent actions, but {args.init} has none: leave it out")
     return checkpoint["config"], checkpoint["policy"]
 
 

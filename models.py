@@ -920,7 +920,9 @@ class WorldModel(nn.Module):
         self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten())
         self.rssm = RSSM(size, embed, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
-        assert halved < len(channels), f"images of {config['image_size']} pixels are too small for the target"
+        if halved >= len(channels):
+            raise InputError(f"images of {config['image_size']} pixels are too small for --target "
+                             f"{config['target']}: use larger images, or --target pixels")
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
         self.decoder = nn.Sequential(
             *convolutions(nn.ConvTranspose2d, channels),

@@ -318,13 +318,15 @@ def ssv2_episodes(args):
         names = {f"{split}.json", f"something-something-v2-{split}.json"}
         found = [file for file in files if os.path.basename(file) in names]
         print(f"labels of {split}: {', '.join(found) or 'not there'}")
-        for entry in itertools.chain(*(read_json(os.path.join(args.input, file)) for file in found)):
+        lists = [read_json(os.path.join(args.input, file)) for file in found]
+        for entry in itertools.chain(*(x if isinstance(x, list) else [x] for x in lists)):
             if not (isinstance(entry, dict) and "id" in entry and isinstance(entry.get("label"), str)):
                 raise InputError(f"{found}: {str(entry)[:80]} has no id or label")
             labels[str(entry["id"])] = " ".join(entry["label"].split())
     if not labels:
         raise InputError(f"no labels in {args.input}: expected labels/train.json or "
                          f"something-something-v2-train.json, as in {SSV2_LABELS}.zip")
+    files.sort(key=lambda file: SSV2_CLIPS in file.split(os.sep))        # of several copies the official one
     clips = {os.path.basename(file)[:-5]: os.path.join(args.input, file) for file in files
              if file.lower().endswith(".webm")}
     if not clips.keys() & labels.keys():
@@ -633,11 +635,16 @@ def libero_episodes(args):
         try:
             with h5py.File(path, "r") as f:
                 keys = sorted((key for key in f.get("data", ()) if key.startswith("demo")), key=natural)
+                bare = not any(f"data/{key}/obs/{image}" in f for key in keys
+                               for image in LIBERO_CAMERAS["agentview"])
         except Exception as error:
             yield name, functools.partial(Reject, "damaged file", f"{one_line(error)}: fetch it again")
             continue
         if not keys:
             yield name, functools.partial(Reject, "not LIBERO's layout", "no /data/demo_*")
+        elif bare and not args.render:
+            raise InputError(f"{path} holds states but no images: --render draws them with the simulator, or "
+                             "fetch the files with images")
         for key in keys:
             yield f"{name}/{key}", functools.partial(libero_demo, path, key, args)
 
@@ -755,7 +762,7 @@ def import_libero(assets=None):
         raise InputError(f"robosuite {robosuite} is installed, with other robots and controllers than "
                          "LIBERO's: pip install robosuite==1.4.0")
     package, given = spec.submodule_search_locations[0], assets or os.environ.get("LIBERO_ASSETS")
-    if "LIBERO_CONFIG_PATH" not in os.environ:
+    if not os.path.exists(os.path.join(os.environ.get("LIBERO_CONFIG_PATH", ""), "config.yaml")):
         root, folder = os.path.join(package, "libero"), tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["LIBERO_CONFIG_PATH"] = folder
@@ -917,8 +924,9 @@ def lerobot_info(folder):
     """-> meta/info.json. InputError when it is not of a LeRobotDataset v3."""
     path = os.path.join(folder, "meta", "info.json")
     info = read_json(path) if os.path.isfile(path) else {}
-    if not (str(info.get("codebase_version")).startswith("v3")
-            and all(info.get(key) for key in ("fps", "features", "data_path"))):
+    if not (isinstance(info, dict) and str(info.get("codebase_version")).startswith("v3")
+            and all(info.get(key) for key in ("fps", "features", "data_path")) and info["fps"] > 0
+            and all({"dtype", "shape"} <= feature.keys() for feature in info["features"].values())):
         raise InputError(f"{folder} is not a LeRobotDataset v3: expected meta/info.json with fps, features, "
                          "data_path and codebase_version v3.x; convert an older one with LeRobot's own "
                          "convert_dataset_v21_to_v30.py")
@@ -983,6 +991,7 @@ def lerobot_episode(row, keys, info, args):
     if "actions" in vectors:
         vectors["actions"] = vectors["actions"][:-1]
     images, flip = {}, FLIPS[args.flip]
+    tasks = [row["tasks"]] if isinstance(row["tasks"], str) else row["tasks"] or [""]
     for camera, key in keys.items():
         if key in stored:
             images[camera] = read_images((cell["bytes"] or b"" for cell in table[key]), args, flip)
@@ -995,7 +1004,7 @@ def lerobot_episode(row, keys, info, args):
             images[camera] = to_jpegs((frame[flip] for frame in to_bgr(frames)), args)
         if len(images[camera]) != T:
             raise Reject("truncated", f"{place}: {len(images[camera])} of {T} frames from {start:.3f} s on")
-    return {"images": images, "instructions": row["tasks"] or [""], "fps": fps, **vectors}
+    return {"images": images, "instructions": tasks, "fps": fps, **vectors}
 
 
 # ---- source: the Realman arm, what `robot.py record` wrote -------------------------------------------------
@@ -1558,6 +1567,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
         real = min(count, (self.lengths[episode] - 1 - first) // stride + 1)
         places = self._where[shard][camera][start + first:start + first + (real - 1) * stride + 2]
         data = np.fromfile(self._paths[shard], np.uint8, places[-1] - places[0], offset=places[0])
+        if len(data) < places[-1] - places[0]:
+            raise InputError(f"{self._paths[shard]} ends too early: copy or make the dataset again")
         frames = np.empty((count, 3, self.image_size, self.image_size), np.uint8)
         for k in range(real):
             a, b = places[k * stride:k * stride + 2] - places[0]
@@ -1765,6 +1776,8 @@ def main(argv=None):
             at_least(args, low, name)
     if not 0 < getattr(args, "fraction", 1) <= 1:
         raise InputError(f"--fraction {args.fraction}: expected a share above 0, 1 for all")
+    if getattr(args, "out", ".") == "":
+        raise InputError("--out is empty: give a folder")
     rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
         done = "nothing was written" if args.check else "the dataset is written"

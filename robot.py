@@ -276,11 +276,21 @@ class ArmStopped(Exception):
 def within(seconds, call, *args):
     """call(*args) with a time limit, because some calls of the vendor's library never return. ArmStopped."""
     answer = queue.Queue()
-    threading.Thread(target=lambda: answer.put(call(*args)), daemon=True).start()
+
+    def work():
+        try:
+            answer.put((call(*args), None))
+        except (AttributeError, TypeError, ValueError, LookupError, OSError, ctypes.ArgumentError) as e:
+            answer.put((None, e))
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        return answer.get(timeout=seconds)
+        result, error = answer.get(timeout=seconds)
     except queue.Empty:
         raise ArmStopped(f"{call.__name__} did not return within {seconds} s") from None
+    if error:
+        raise ArmStopped(f"{call.__name__}: {type(error).__name__}: {error}") from error
+    return result
 
 
 class RealmanArm:
@@ -330,7 +340,10 @@ class RealmanArm:
 
     def _lock_arm(self):
         """One process per arm on this machine. InputError."""
-        import fcntl            # here, because Windows has none: the twin works there, the arm does not
+        try:
+            import fcntl
+        except ImportError:     # on Windows, where the twin works
+            raise InputError("an arm is driven from Linux: its file locks and terminals are needed") from None
         self.lock = open(Path("/tmp") / f"realman-{self.host}-{self.port}.lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -402,7 +415,7 @@ class RealmanArm:
         stage, (at, q, _) = ask(arm.rm_get_collision_stage), self.state
         age = time.monotonic() - at
         return [(what, found, found == right) for what, found, right in exact] + [
-            ("firmware", version, bool(version)),
+            ("firmware", version, True),
             ("DH in degrees, m", dh.round(4).tolist(),
              np.allclose(dh * [np.pi / 180, 1, 1, np.pi / 180], DH, atol=2e-4)),
             ("errors", errors, not any(map(int, errors))),
@@ -897,7 +910,7 @@ class QuestTeleop:
         except ImportError as e:
             raise InputError("a Quest is read by the teleop package: pip install teleop==0.1.5") from e
         self.latest = self.raw = self.hand = None
-        self.jumped = False
+        self.jumped, self.pressed, self.down = False, "", set()
         self.server = Teleop(host="127.0.0.1", port=port, natural_phone_orientation_euler=[0, 0, 0])
         self.server.subscribe(self._hear)
         threading.Thread(target=self.server.run, daemon=True).start()
@@ -911,21 +924,23 @@ class QuestTeleop:
         elif self.raw is not None and np.linalg.norm(raw - self.raw) > self.JUMP:
             self.jumped = True
         self.raw = raw if message["move"] else None
-        self.latest = (time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open"),
-                       next((what for button, what in self.BUTTONS.items() if message.get(button)), ""))
+        down = {button for button in self.BUTTONS if message.get(button)}
+        for button in down - self.down:         # pressed now, not still down
+            self.pressed = self.BUTTONS[button]
+        self.down = down
+        self.latest = time.monotonic(), np.array(pose), message["move"], float(message["gripper"] == "open")
 
     def begin(self, _):
-        self.hand = None
+        self.pressed, self.hand = "", None
 
     def read(self, gate):
-        action = np.array([0, 0, 0, 0, 0, 0, 1.0])
+        action, (button, self.pressed) = np.array([0, 0, 0, 0, 0, 0, 1.0]), (self.pressed, "")
         if self.latest is None:
             return action, False, ""
-        at, hand, move, action[6], button = self.latest
-        silent = time.monotonic() - at > self.SILENCE
-        if not move or self.jumped or silent:
+        at, hand, move, action[6] = self.latest
+        if not move or self.jumped or time.monotonic() - at > self.SILENCE:
             self.hand = None
-            return action, False, "" if silent else button
+            return action, False, button
         if self.hand is None:                   # it takes hold now: where hand and tool are
             self.hand, self.tool = hand.copy(), (gate.position, gate.turn)
         action[:3] = shorten(self.tool[0] + hand[:3, 3] - self.hand[:3, 3] - gate.position, MAX_STEP)
@@ -1033,9 +1048,11 @@ def open_output(args, about, settings):
     episodes = [*out.glob("*.h5"), *out.glob("episodes.jsonl")]
     before = read_json(about) if about.exists() else {}
     check_free(out, episodes, args)
+    if episodes and not isinstance(before.get("arm"), str):
+        raise InputError(f"{out} was written by an older version of robot.py: name another folder with --out")
     if args.overwrite:
-        if episodes and before.get("arm") != args.arm == "sim":
-            raise InputError(f"{out} holds episodes of the arm at {before.get('arm')}: name another --out")
+        if episodes and before["arm"] != args.arm == "sim":
+            raise InputError(f"{out} holds episodes of the arm at {before['arm']}: name another --out")
         for path in [*episodes, out / "commands.jsonl"]:
             path.unlink(missing_ok=True)
     elif episodes:
@@ -1137,6 +1154,8 @@ def record(args):
     if args.operator == "expert" and args.arm != "sim":
         raise InputError("--operator keyboard or quest leads an arm; expert is scripted, for --arm sim")
     consent(args, f"where the operator ({args.operator}) leads it")
+    if args.operator == "keyboard" and not sys.stdin.isatty():
+        raise InputError("--operator keyboard needs a terminal")
     about = {"format": TAKE_FORMAT, "source": "realman", "fps": CONTROL_HZ, "action": ACTION,
              "proprio": PROPRIO, "cameras": list(args.cameras or CAMERAS), "workspace_m": WORKSPACE.tolist(),
              "tool_m": TOOL, "dh": DH.tolist(), "arm": args.arm, "operator": args.operator}
@@ -1157,6 +1176,8 @@ def record(args):
                     write_take(path, task, start, rows)
                 print(f"{path.stem}: " + (f"{len(rows) - 1} steps" if rows else
                                           f"discarded ({env.aborted}), once more"), flush=True)
+                if not args.move:
+                    break
         print(env.timing())
     if args.move:
         print(f"next         python prepare_data.py realman --input {out}")
@@ -1276,10 +1297,10 @@ def run_rollout(args):
                                         np.random.default_rng([start, list(TASKS).index(task)]))
             try:
                 success, stopped = rollout(env, policy_fn, chunker, task, start)[0], None
-            except ArmStopped as e:         # an episode that had begun counts as a failure
+            except (ArmStopped, KeyboardInterrupt) as e:    # an episode that had begun counts as a failure
                 if not env.steps:
                     raise
-                success, stopped, env.aborted = False, e, str(e)
+                success, stopped, env.aborted = False, e, str(e) or "keyboard"
             s.arm.rest()
             append_line(out / "episodes.jsonl", {
                 "arm": key, "label": path, "task": task, "start": start, "success": success,
@@ -1916,13 +1937,13 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     args.move = args.move or args.arm == "sim"
-    try:
-        args.cameras = {} if args.arm == "sim" else dict(text.split("=", 1) for text in args.cameras)
-    except ValueError:
-        raise InputError("--cameras takes NAME=SOURCE: --cameras front=0 side=2") from None
+    cameras = [] if args.arm == "sim" else [text.partition("=")[::2] for text in args.cameras]
+    args.cameras = dict(cameras)
+    if len(args.cameras) < len(cameras) or not all(map(all, cameras)):
+        raise InputError("--cameras takes NAME=SOURCE with different names: --cameras front=0 side=2")
     if "episodes" in args:
         at_least(args, 1, "episodes")
-        args.tasks = args.tasks.split(",")
+        args.tasks = list(dict.fromkeys(args.tasks.split(",")))
         if unknown := set(args.tasks) - set(TASKS):
             raise InputError(f"no task {', '.join(unknown)}: --tasks takes {', '.join(TASKS)}")
     with tempfile.TemporaryDirectory() as folder:

@@ -294,6 +294,7 @@ def test_a_quest_leads_and_a_jump_and_silence_let_go(gate):
         say(z)
     assert np.allclose(gate.position - start, [0.02, 0, 0], atol=1e-3)
     assert say(-0.02, gripper="close")[0][6] == 0 and say(-0.02, reservedButtonA=True)[2] == "save"
+    assert say(-0.02, reservedButtonA=True)[2] == "", "still down is not pressed again"
     action, holds, _ = say(-0.9, move=False)                # let go, carried elsewhere
     assert not holds and not action[:6].any()
     say(-0.9)                                               # the package drops the first message after a jump
@@ -544,8 +545,8 @@ def test_a_take_is_complete_and_its_actions_lead_to_the_next_frame(recording):
 def test_a_recorded_set_is_neither_mixed_with_another_nor_recorded_again(recording):
     first = (recording / "stack_cups-00000.h5").read_bytes()
     record = ["record", "--tasks", "stack_cups", "--episodes", "1", "--out", str(recording)]
-    for flags, message in (([], "--resume"), (["--resume", "--operator", "keyboard"],
-                                              "operator 'expert', now it is 'keyboard'")):
+    for flags, message in (([], "--resume"), (["--resume", "--operator", "quest"],
+                                              "operator 'expert', now it is 'quest'")):
         with pytest.raises(InputError, match=message):
             robot.main(record + flags)
     robot.main(record + ["--resume"])                       # all takes are there: no arm is needed
@@ -612,8 +613,21 @@ def test_a_dry_run_moves_nothing_and_move_moves_the_arm(recording, tmp_path):
         assert commands().count("movej_canfd") > 200
 
 
+@pytest.mark.parametrize("command, message", [
+    ("check --arm 127.0.0.1:9 --cameras front=0 front=2", "different names"),
+    ("check --arm 127.0.0.1:9 --cameras =0", "NAME=SOURCE"),
+    ("check --arm 127.0.0.1:9 --cameras front", "NAME=SOURCE"),
+    ("record --operator keyboard --out OUT", "needs a terminal"),
+    ("record --tasks fold_a_shirt --out OUT", "no task fold_a_shirt")])
+def test_a_command_that_cannot_work_is_one_line(monkeypatch, tmp_path, command, message):
+    monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: False))
+    with pytest.raises(InputError, match=message):
+        robot.main(command.replace("OUT", str(tmp_path)).split())
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("terminal, typed, message", [
-    (False, "MOVE", "typed at a terminal"), (True, "yes", "not confirmed"), (True, "MOVE", "no controller")])
+    (False, "MOVE", "stdin is not a terminal"), (True, "yes", "not confirmed"), (True, "MOVE", "no controller")])
 def test_no_connection_is_made_before_move_was_typed_at_a_terminal(monkeypatch, tmp_path, terminal, typed,
                                                                    message):
     monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: terminal, readline=lambda: typed))

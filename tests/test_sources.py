@@ -382,7 +382,7 @@ def test_states_without_images_ask_for_the_simulator_and_that_for_its_assets(tmp
     with h5py.File(tmp_path / "x_demo.hdf5", "w") as f:
         dirty_data.libero_demo(f.create_group("data"), "demo_0", 1, **{"obs/agentview_rgb": None})
     message = convert("libero", tmp_path / "x_demo.hdf5", tmp_path / "d")[1]
-    assert "none of the 1 items" in message and "no such camera" in message and "--render" in message
+    assert "holds states but no images" in message and "--render" in message
     monkeypatch.delenv("LIBERO_ASSETS", raising=False)
     error(lambda: prepare_data.import_libero(str(tmp_path)),
           str(tmp_path), "--libero-assets", "LIBERO_ASSETS")

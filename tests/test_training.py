@@ -233,7 +233,7 @@ def test_input_that_cannot_work_is_one_line_and_writes_nothing(data, pretrained,
     for script, flags, words in [
             (fine, ["--init", str(tmp_path / "absent.pt")], "no checkpoint at"),
             (fine, ["--init", str(pretrained), "--policy", "baku"], "goes with --init scratch"),
-            (fine, [*again, "--head", "add"], "another architecture"),
+            (fine, [*again, "--head", "add"], "needs latent actions, but .* has none"),
             (fine, [*again, "--no-proprio"], "expects .* 2 cameras and proprioception, .* no proprioception"),
             (fine, [*again, "--data", data.video], "video only"),
             (fine, [*scratch, "--head", "add"], "give --init CHECKPOINT"),
