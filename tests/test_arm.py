@@ -627,7 +627,8 @@ def test_a_command_that_cannot_work_is_one_line(monkeypatch, tmp_path, command, 
 
 
 @pytest.mark.parametrize("terminal, typed, message", [
-    (False, "MOVE", "stdin is not a terminal"), (True, "yes", "not confirmed"), (True, "MOVE", "no controller")])
+    (False, "MOVE", "stdin is not a terminal"), (True, "yes", "not confirmed"),
+    (True, "MOVE", "no controller")])
 def test_no_connection_is_made_before_move_was_typed_at_a_terminal(monkeypatch, tmp_path, terminal, typed,
                                                                    message):
     monkeypatch.setattr(sys, "stdin", Namespace(isatty=lambda: terminal, readline=lambda: typed))
