@@ -412,12 +412,24 @@ def test_lerobot_attributes_tasks_and_flags(made, tmp_path):
     assert read_picture(data[3]["obs"]["images"]["front"].flip(1, 2)) == (0, 3)
 
 
+def test_a_lerobot_task_may_be_a_plain_string(made, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shutil.copytree(made("lerobot").root, tmp_path / "in")
+    for path in tmp_path.glob("in/meta/episodes/*/*.parquet"):
+        table = parquet.read_table(path)
+        i = table.column_names.index("tasks")
+        parquet.write_table(table.set_column(i, "tasks", [["move it"] * len(table)]), path)
+    convert("lerobot", tmp_path / "in", tmp_path / "d")
+    assert EpisodeDataset(tmp_path / "d", 1).instructions == ["move it"]
+
+
 def test_odd_lerobot_metadata_is_one_line(made, tmp_path, monkeypatch):
     shutil.copytree(made("lerobot").root / "meta", tmp_path / "meta")
     info, good = tmp_path / "meta" / "info.json", dirty_data.LEROBOT_INFO
-    for odd in ({"fps": 0}, {"features": {}}, {"codebase_version": "v2.1"}, {"data_path": None}):
-        info.write_text(json.dumps(good | odd))
-        assert "convert_dataset_v21_to_v30" in convert("lerobot", tmp_path, tmp_path / "d")[1], odd
+    odd = {"fps": 0}, {"fps": -10}, {"features": {}}, {"codebase_version": "v2.1"}, {"data_path": None}
+    for text in (*(good | o for o in odd), [], good | {"features": {"action": {"shape": [7]}}}):
+        info.write_text(json.dumps(text))
+        assert "convert_dataset_v21_to_v30" in convert("lerobot", tmp_path, tmp_path / "d")[1], text
     info.write_text(json.dumps(good))
     message = convert("lerobot", tmp_path, tmp_path / "d", "--cameras", "top")[1]
     assert "top: " in message and message.endswith("has front, wrist")
