@@ -26,6 +26,7 @@ Tags in comments of all scripts: DEVIATION: where this code differs from the pap
 choice where the paper is silent; UPSTREAM: what the authors' published release does.
 """
 import argparse
+import ctypes
 import errno
 import functools
 import hashlib
@@ -43,13 +44,21 @@ import textwrap
 import zlib
 from pathlib import Path
 
-import cv2
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+# Two settings of the whole process, made before torch starts its threads. So scripts import models before torch.
+# A thread that has nothing to do sleeps. By default it spins, and where another program needs its core, a
+# step of two threads took more than 5 s instead of 0.2 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if sys.platform == "linux":             # keep freed memory: returning it to the kernel costs 20 % of a step
+    LIBC = ctypes.CDLL(None)
+    LIBC.mallopt(-4, 0), LIBC.mallopt(-1, 2 ** 31 - 1)                      # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 # ---- text -------------------------------------------------------------------------------------------------
 
@@ -180,10 +189,9 @@ def random_shift(images, pixels):
     if not pixels:
         return images
     h, w = images.shape[-2:]
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, len(images), 1), device=images.device)
-    rows = (torch.arange(h, device=images.device) + dy).clamp(0, h - 1)               # (B, H)
-    columns = (torch.arange(w, device=images.device) + dx).clamp(0, w - 1)            # (B, W)
-    return torch.stack([x[..., r[:, None], c] for x, r, c in zip(images, rows, columns)])
+    padded = F.pad(images.flatten(1, -3), (pixels,) * 4, mode="replicate").unflatten(1, images.shape[1:-2])
+    ys, xs = torch.randint(2 * pixels + 1, (2, len(images))).tolist()
+    return torch.stack([image[..., y:y + h, x:x + w] for image, y, x in zip(padded, ys, xs)])
 
 
 def colour_jitter(images, strength):
@@ -200,6 +208,16 @@ def colour_jitter(images, strength):
     return (grey + saturation * (x - grey)).round().clamp(0, 255).to(torch.uint8)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of 8 groups in float32, also where the layers around it compute in bfloat16."""
+
+    def __init__(self, channels):
+        super().__init__(8, channels)
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class FiLMBlock(nn.Module):
     """ResNet block whose features are scaled and shifted by the instruction (FiLM, Perez et al. 2018):
     (B, C, H, W), (B, E) -> (B, C', H', W')."""
@@ -209,9 +227,9 @@ class FiLMBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         # DEVIATION: GroupNorm. BatchNorm's statistics of the videos would not hold for the demonstrations.
-        self.norm1, self.norm2 = nn.GroupNorm(8, c_out), nn.GroupNorm(8, c_out)
+        self.norm1, self.norm2 = GroupNorm(c_out), GroupNorm(c_out)
         self.skip = nn.Identity() if c_in == c_out and stride == 1 else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.GroupNorm(8, c_out))
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), GroupNorm(c_out))
         self.film = nn.Linear(cond, 2 * c_out)
         nn.init.zeros_(self.film.bias)
         nn.init.normal_(self.film.weight, std=0.02)
@@ -234,7 +252,7 @@ class ResNet18FiLM(nn.Module):
     def __init__(self, image_size, channels, width):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
-        self.stem_norm = nn.GroupNorm(8, channels)
+        self.stem_norm = GroupNorm(channels)
         self.pool = nn.MaxPool2d(3, 2, 1) if image_size >= 128 else nn.Identity()
         self.blocks = nn.ModuleList([
             FiLMBlock(channels, channels, 1, width), FiLMBlock(channels, channels, 1, width),
@@ -758,14 +776,24 @@ class BlockLinear(nn.Module):
         return torch.einsum("bgi,gio->bgo", x, self.weight) + self.bias
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32, also where the layers around it compute in bfloat16."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-4)
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 def dense(c_in, c_out):
     """Linear, RMSNorm, SiLU: DreamerV3's layer."""
-    return nn.Sequential(nn.Linear(c_in, c_out), nn.RMSNorm(c_out, eps=1e-4), nn.SiLU())
+    return nn.Sequential(nn.Linear(c_in, c_out), RMSNorm(c_out), nn.SiLU())
 
 
 def unimix(logits):
     """Logits (..., K) -> log-probabilities of 99 % softmax + 1 % uniform, so that every KL is finite."""
-    return torch.log(0.99 * logits.softmax(-1) + 0.01 / logits.shape[-1])
+    return torch.log(0.99 * logits.float().softmax(-1) + 0.01 / logits.shape[-1])
 
 
 def kl_categorical(p, q):
@@ -783,52 +811,65 @@ def sample_straight_through(log_probs):
 
 class RSSM(nn.Module):
     """Recurrent state-space model of DreamerV3. A state is {"deter": (B, D), "stoch": (B, S, K) one-hot,
-    "logits": (B, S, K) log-probabilities}; h is `deter` and s is `stoch`."""
+    "logits": (B, S, K) log-probabilities}; h is `deter` and s is `stoch`.
 
-    def __init__(self, size, embed_dim, action_dim):
+    What depends on no state is computed for all steps at once, outside the loop: a linear layer of several
+    inputs is a sum, so in_action(z) (B, D) is the part of z in (Eq. 1), and the embedding (B, hidden) of a
+    frame is its part in (Eq. 2).
+    """
+
+    def __init__(self, size, action_dim):
         super().__init__()
         deter, hidden, self.blocks = size["deter"], size["hidden"], size["blocks"]
         self.stoch, self.classes = size["stoch"], size["classes"]
         flat = self.stoch * self.classes
-        self.in_deter, self.in_stoch, self.in_action = (
-            dense(deter, hidden), dense(flat, hidden), dense(action_dim, hidden))
-        self.hidden = BlockLinear(self.blocks, deter // self.blocks + 3 * hidden, deter // self.blocks)
-        self.hidden_norm = nn.RMSNorm(deter, eps=1e-4)
+        self.in_deter, self.in_stoch = dense(deter, hidden), dense(flat, hidden)
+        self.in_action = nn.Sequential(*dense(action_dim, hidden), nn.Linear(hidden, deter, bias=False))
+        self.hidden = BlockLinear(self.blocks, deter // self.blocks + 2 * hidden, deter // self.blocks)
+        self.hidden_norm = RMSNorm(deter)
         self.gates = BlockLinear(self.blocks, deter // self.blocks, 3 * deter // self.blocks)
-        self.posterior_net = nn.Sequential(dense(deter + embed_dim, hidden), nn.Linear(hidden, flat))
+        self.posterior_deter = nn.Linear(deter, hidden)
+        self.posterior_net = nn.Sequential(RMSNorm(hidden), nn.SiLU(), nn.Linear(hidden, flat))
         self.prior_net = nn.Sequential(dense(deter, hidden), dense(hidden, hidden), nn.Linear(hidden, flat))
 
     def sequence(self, state, action):
-        """(Eq. 1)  h_k+1 = f(h_k, s_k, z_k), a block-diagonal GRU: state, (B, Z) -> (B, D)."""
+        """(Eq. 1)  h_k+1 = f(h_k, s_k, z_k), a block-diagonal GRU: state, in_action(z_k) (B, D) -> (B, D)."""
         b, deter = len(action), state["deter"]
-        # As in DreamerV3, numbers beyond [-1, 1] are clipped but keep a gradient. True actions may have some.
-        action = action / action.abs().clamp(min=1).detach()
-        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1)),
-                       self.in_action(action)], -1)
+        x = torch.cat([self.in_deter(deter), self.in_stoch(state["stoch"].flatten(1))], -1)
         x = x[:, None].expand(b, self.blocks, -1)                           # every block sees all the inputs
-        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 3 hidden)
-        x = F.silu(self.hidden_norm(self.hidden(x).flatten(1))).view(b, self.blocks, -1)
+        x = torch.cat([deter.view(b, self.blocks, -1), x], -1)              # (B, blocks, D/blocks + 2 hidden)
+        x = F.silu(self.hidden_norm(self.hidden(x).flatten(1) + action)).view(b, self.blocks, -1)
         reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]   # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)                                  # an untrained GRU remembers
         return update * candidate + (1 - update) * deter
 
     def posterior(self, deter, embed):
-        """(Eq. 2)  q(s | h, o): (B, D), embedded frame (B, embed) -> state."""
-        return self._state(deter, self.posterior_net(torch.cat([deter, embed], -1)))
+        """(Eq. 2)  q(s | h, o): (..., D), (..., hidden) -> log-probabilities (..., S, K)."""
+        return self._log_probs(self.posterior_net(self.posterior_deter(deter) + embed))
 
     def prior(self, deter):
-        """(Eq. 3)  p(s | h): (B, D) -> state."""
-        return self._state(deter, self.prior_net(deter))
+        """(Eq. 3)  p(s | h): (..., D) -> log-probabilities (..., S, K)."""
+        return self._log_probs(self.prior_net(deter))
 
-    def _state(self, deter, logits):
-        logits = unimix(logits.view(-1, self.stoch, self.classes))
-        return {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
+    def _log_probs(self, logits):
+        return unimix(logits.unflatten(-1, (self.stoch, self.classes)))
 
+    def unroll(self, state, actions, embed):
+        """States of n steps from a first state (R, ...) and actions (R, n, Z) -> (R, n, ...). The first rows
+        are posteriors, one for each row of embed (B, n, hidden); the others are priors and see no frame.
 
-def stack_states(states):
-    """List of T states (B, ...) -> one state (B, T, ...)."""
-    return {k: torch.stack([s[k] for s in states], 1) for k in states[0]}
+        The cost of a step hardly depends on R, so both kinds go through one loop.
+        """
+        # As in DreamerV3, numbers beyond [-1, 1] are clipped but keep a gradient. True actions may have some.
+        actions = self.in_action(actions / actions.abs().clamp(min=1).detach())       # (R, n, D)
+        seeing, states = len(embed), []
+        for k in range(actions.shape[1]):                                   # action k moves frame k to k + 1
+            deter = self.sequence(state, actions[:, k])
+            logits = torch.cat([self.posterior(deter[:seeing], embed[:, k]), self.prior(deter[seeing:])])
+            state = {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
+            states.append(state)
+        return {k: torch.stack([s[k] for s in states], 1) for k in state}
 
 
 # What the decoder predicts: (channels per view, how often height and width are halved). The paper predicts
@@ -917,21 +958,20 @@ class WorldModel(nn.Module):
         size = WORLD_MODEL_SIZES[config["size"]]
         channels = image_channels(config["size"], config["image_size"])
         embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
-        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten())
-        self.rssm = RSSM(size, embed, config["action_dim"])
+        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten(),
+                                     nn.Linear(embed, size["hidden"], bias=False))
+        self.rssm = RSSM(size, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
         if halved >= len(channels):
             raise InputError(f"images of {config['image_size']} pixels are too small for --target "
                              f"{config['target']}: use larger images, or --target pixels")
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
-        self.decoder = nn.Sequential(
-            *convolutions(nn.ConvTranspose2d, channels),
-            nn.ConvTranspose2d(channels[-1], c_out * config["views"], 4, 2, 1),
-            nn.Sigmoid() if config["target"] == "pixels" else nn.Identity())
+        self.decoder = nn.Sequential(*convolutions(nn.ConvTranspose2d, channels),
+                                     nn.ConvTranspose2d(channels[-1], c_out * config["views"], 4, 2, 1))
         self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
 
     def embed(self, images):
-        """(B, T, 3V, H, W) uint8 -> (B, T, embed)."""
+        """(B, T, 3V, H, W) uint8 -> (B, T, hidden)."""
         x = (images.flatten(0, 1).float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
         return self.encoder(x).unflatten(0, images.shape[:2])
 
@@ -939,38 +979,32 @@ class WorldModel(nn.Module):
         """(Eq. 4)  state of (..., D) and (..., S, K) -> prediction (..., C, h, w), see targets()."""
         features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (..., D + S*K)
         x = self.decoder_in(features.flatten(0, -2)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
-        return self.decoder(x).unflatten(0, features.shape[:-1])
+        x = self.decoder(x).to(torch.float32, memory_format=torch.contiguous_format)
+        x = x.unflatten(0, features.shape[:-1])
+        return x.sigmoid() if self.config["target"] == "pixels" else x
 
     def context(self, embed):
-        """The first state: embedded o_t (B, embed) -> its posterior; without a context frame h = 0, s = 0."""
-        size = WORLD_MODEL_SIZES[self.config["size"]]
-        deter = embed.new_zeros(len(embed), size["deter"])
-        if self.config["context_frame"]:
-            return self.rssm.posterior(deter, embed)
-        return {"deter": deter, "stoch": embed.new_zeros(len(embed), size["stoch"], size["classes"])}
+        """The first state: o_t (B, hidden) -> its posterior; without a context frame h = 0, s = 0."""
+        size, rssm = WORLD_MODEL_SIZES[self.config["size"]], self.rssm
+        deter = torch.zeros(len(embed), size["deter"], device=embed.device)
+        logits = rssm.posterior(deter, embed)
+        stoch = sample_straight_through(logits) if self.config["context_frame"] else torch.zeros_like(logits)
+        return {"deter": deter, "stoch": stoch, "logits": logits}
 
-    def observe(self, images, actions):
-        """Posteriors, which see each frame: (B, n+1, 3V, H, W) uint8, (B, n, Z) -> first state (B, ...),
-        posteriors (B, n, ...) and priors (B, n, ...) of o_t+1 ... o_t+n."""
+    def observe(self, images, actions, imagine=False):
+        """(B, n+1, 3V, H, W) uint8, (B, n, Z) -> the first state (B, ...) and states of o_t+1 ... o_t+n:
+        (B, n, ...) posteriors, which see each frame; with imagine=True (2B, n, ...), then priors."""
         frames, n = images.shape[1], actions.shape[1]
         assert frames == n + 1, f"{frames} frames need {frames - 1} actions, got {n}"
         embed = self.embed(images)
-        start = state = self.context(embed[:, 0])
-        posteriors, priors = [], []
-        for k in range(n):
-            deter = self.rssm.sequence(state, actions[:, k])                # action k moves frame k to k + 1
-            priors.append(self.rssm.prior(deter))
-            state = self.rssm.posterior(deter, embed[:, k + 1])
-            posteriors.append(state)
-        return start, stack_states(posteriors), stack_states(priors)
+        start, rows = self.context(embed[:, 0]), torch.arange(len(images), device=images.device)
+        if imagine:
+            rows = torch.cat([rows, rows])
+        return start, self.rssm.unroll({k: v[rows] for k, v in start.items()}, actions[rows], embed[:, 1:])
 
     def imagine(self, state, actions):
         """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
-        states = []
-        for action in actions.unbind(1):
-            state = self.rssm.prior(self.rssm.sequence(state, action))
-            states.append(state)
-        return stack_states(states)
+        return self.rssm.unroll(state, actions, embed=actions.new_zeros(0, actions.shape[1], 1))
 
     def loss(self, images, actions, is_pad):
         """(Eq. 5): total() averaged over the valid steps -> scalar, {name: float} for the log.
@@ -1003,36 +1037,41 @@ class WorldModel(nn.Module):
         kl_dyn, kl_rep     KL of posterior and prior, with the gradient of the prior or of the posterior
         open_loop_plain, still   for reports, without weight: open_loop, and the error of a still video
         """
-        n = actions.shape[1]
+        b, n = actions.shape[:2]
         decode_steps = min(n, decode_steps or n)
-        start, posteriors, priors = self.observe(images, actions)
+        # DEVIATION: the open-loop rows and their term. A posterior has seen the frame and can be decoded
+        # without the action; then only the KL depends on the action, and below the free bits nothing does.
+        start, states = self.observe(images, actions, imagine=predict != "posterior")
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
         still, future = targets(images, self.config["target"])
         future = future[:, chosen]                                                    # (B, m, C, h, w)
         # DEVIATION: pixels that differ from a still video weigh more, since most pixels are background.
         weight = 1 + self.config["motion_weight"] * (future - still).abs().mean(2, keepdim=True)
 
-        def per_step(error):            # (B, m, C, h, w) -> (B, n): 0 for other frames, same expectation
-            error = error.sum((2, 3, 4)) * (n / decode_steps)
-            return error.new_zeros(len(error), n).index_copy(1, chosen, error)
+        def per_step(error):            # (..., B, m, C, h, w) -> (..., B, n): 0 for frames not decoded
+            error = error.sum((-3, -2, -1)) * (n / decode_steps)            # same expectation
+            return error.new_zeros(*error.shape[:-1], n).index_copy(-1, chosen, error)
 
-        def squared_error(states):
-            return (self.decode({k: v[:, chosen] for k, v in states.items()}) - future) ** 2
+        # One call decodes o_t, the frames of the posteriors and those of the priors.
+        first = slice(0 if predict != "prior" else b, None)                 # rows of the states to decode
+        decoded = self.decode({k: torch.cat([start[k], states[k][first, chosen].flatten(0, 1)])
+                               for k in ("deter", "stoch")})                # (B + rows * m, C, h, w)
+        context, decoded = decoded.split([b, len(decoded) - b])
+        errors = (decoded.view(-1, *future.shape) - future) ** 2            # (kinds, B, m, C, h, w)
+        weighted = per_step(weight * errors)                                # (kinds, B, n)
 
         terms = {"still": per_step((still - future) ** 2)}
         if self.config["context_frame"]:
             # ASSUMPTION: o_t is decoded as well, as DreamerV3 decodes every frame. The state then holds the
             # scene, and the latent actions only have to say what changes.
-            error = (self.decode(start) - still[:, 0]) ** 2                           # (B, C, h, w)
+            error = (context - still[:, 0]) ** 2                                      # (B, C, h, w)
             terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)
         if predict != "prior":
-            terms["recon"] = per_step(weight * squared_error(posteriors))
+            terms["recon"] = weighted[0]
         if predict != "posterior":
-            # DEVIATION: the open-loop term. A posterior has seen the frame and can be decoded without the
-            # action; then only the KL depends on the action, and below the free bits nothing does.
-            error = squared_error(self.imagine(start, actions))
-            terms["open_loop"], terms["open_loop_plain"] = per_step(weight * error), per_step(error.detach())
-        post, prior = posteriors["logits"], priors["logits"]                          # (B, n, S, K)
+            terms["open_loop"], terms["open_loop_plain"] = weighted[-1], per_step(errors[-1].detach())
+        post = states["logits"][:b]                                                   # (B, n, S, K)
+        prior = self.rssm.prior(states["deter"][:b])
         terms["kl_dyn"] = kl_categorical(post.detach(), prior)
         terms["kl_rep"] = kl_categorical(post, prior.detach())
         return terms

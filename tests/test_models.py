@@ -332,16 +332,75 @@ def test_straight_through_sample_is_one_hot_and_has_the_gradient_of_the_probabil
     torch.testing.assert_close(log_probs.grad, weight * log_probs.exp().detach())
 
 
-def test_block_gru_with_one_block_is_a_plain_gru():
-    rssm = m.RSSM({**m.WORLD_MODEL_SIZES["tiny"], "blocks": 1}, 8, Z)
-    state, action = {"deter": torch.randn(B, 256).tanh(), "stoch": torch.randn(B, 32, 16)}, torch.rand(B, Z)
-    h = state["deter"]
-    x = torch.cat([h, rssm.in_deter(h), rssm.in_stoch(state["stoch"].flatten(1)), rssm.in_action(action)], -1)
-    x = torch.nn.functional.silu(rssm.hidden_norm(x @ rssm.hidden.weight[0] + rssm.hidden.bias[0]))
-    r, c, u = (x @ rssm.gates.weight[0] + rssm.gates.bias[0]).chunk(3, -1)
-    u = torch.sigmoid(u - 1)
-    torch.testing.assert_close(rssm.sequence(state, action),
-                               u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h)
+def plain_loss(model, images, actions, is_pad):
+    """(Eq. 1) to (Eq. 5) as a textbook writes them: one frame, one step and one block at a time, each layer
+    on its concatenated inputs, and a separate roll for the open loop."""
+    F, rssm, frames = torch.nn.functional, model.rssm, images.float() / 255
+    embed = [model.encoder[:-1](frames[:, k] - 0.5) for k in range(N + 1)]
+    *action_layers, action_out = rssm.in_action
+    action_weight = action_out.weight.unflatten(0, (rssm.blocks, -1))       # (blocks, D / blocks, hidden)
+
+    def next_deter(h, s, a):
+        shared = [rssm.in_deter(h), rssm.in_stoch(s.flatten(1)), torch.nn.Sequential(*action_layers)(a)]
+        parts = [torch.cat([own, *shared], -1) @ torch.cat([w, w_a.T]) + bias for own, w, w_a, bias in
+                 zip(h.chunk(rssm.blocks, -1), rssm.hidden.weight, action_weight, rssm.hidden.bias)]
+        x = F.silu(rssm.hidden_norm(torch.cat(parts, -1))).chunk(rssm.blocks, -1)
+        gates = [part @ w + bias for part, w, bias in zip(x, rssm.gates.weight, rssm.gates.bias)]
+        r, c, u = (torch.cat(gate, -1) for gate in zip(*(g.chunk(3, -1) for g in gates)))
+        u = torch.sigmoid(u - 1)
+        return u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h
+
+    def posterior(h, o):
+        weight = torch.cat([rssm.posterior_deter.weight, model.encoder[-1].weight], 1)
+        x = F.linear(torch.cat([h, o], -1), weight, rssm.posterior_deter.bias)
+        return m.unimix(rssm.posterior_net(x).unflatten(-1, (rssm.stoch, -1)))
+
+    def decode(h, s):
+        return model.decode({"deter": h, "stoch": s})
+
+    def kl(p, q):
+        return kl_divergence(Independent(Categorical(logits=p), 1), Independent(Categorical(logits=q), 1))
+
+    h = torch.zeros(B, model.decoder_in.in_features - rssm.stoch * rssm.classes)
+    s = m.sample_straight_through(posterior(h, embed[0]))
+    h_open, s_open, total = h, s, 0
+    context = ((decode(h, s) - frames[:, 0]) ** 2).sum((1, 2, 3))
+    for k in range(N):
+        h, h_open = next_deter(h, s, actions[:, k]), next_deter(h_open, s_open, actions[:, k])
+        post, prior = posterior(h, embed[k + 1]), rssm.prior(h)
+        s, s_open = m.sample_straight_through(post), m.sample_straight_through(rssm.prior(h_open))
+        weight = 1 + model.config["motion_weight"] * (frames[:, k + 1] - frames[:, 0]).abs().mean(1, True)
+        errors = [(weight * (decode(*state) - frames[:, k + 1]) ** 2).sum((1, 2, 3))
+                  for state in ((h, s), (h_open, s_open))]
+        step = context + sum(errors) + (model.config["dyn_scale"] * kl(post.detach(), prior)
+                                        + model.config["rep_scale"] * kl(post, prior.detach()))
+        total = total + (step * ~is_pad[:, k]).sum()
+    return total / (~is_pad).sum()
+
+
+def test_the_loss_and_its_gradients_equal_those_of_the_plain_formulation(monkeypatch):
+    """One loop for both rolls, layers outside the loop and one decoder call change the speed alone; bfloat16
+    changes the gradient by its rounding."""
+    monkeypatch.setattr(m, "sample_straight_through", lambda log_probs: log_probs.exp())      # no noise
+    model, images, is_pad = world("both", motion_weight=10.0), video(), NO_PAD.clone()
+    is_pad[1, 3:] = True
+    actions = torch.randn(B, N, Z).tanh().requires_grad_()
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [actions, *model.parameters()])])
+
+    plain = plain_loss(model, images, actions, is_pad)
+    loss = model.loss(images, actions, is_pad)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.loss(images, actions, is_pad)[0]
+    expected, exact, coarse = gradient(plain), gradient(loss), gradient(rounded)
+    print(f"relative difference: loss {(loss / plain - 1).abs():.1e}, bfloat16 {(rounded / plain - 1).abs():.1e}; "
+          f"gradient {(exact - expected).norm() / expected.norm():.1e}, "
+          f"bfloat16 {(coarse - expected).norm() / expected.norm():.1e}")
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    assert (exact - expected).norm() < 1e-5 * expected.norm()
+    torch.testing.assert_close(rounded, plain, rtol=2e-3, atol=0)
+    assert torch.cosine_similarity(coarse, expected, 0) > 0.99
 
 
 def test_states_do_not_see_the_future_and_padded_steps_do_not_count():
