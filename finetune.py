@@ -26,9 +26,10 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_same,
-                    colour_jitter, count, init_from_pretrained, load_checkpoint, make_policy, open_run,
-                    pick_device, policy_numbers, provenance, random_shift, run, save_checkpoint, to_device)
+from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
+                    colour_jitter, count, init_from_pretrained, load_checkpoint, make_policy, open_run, parallel,
+                    policy_numbers, provenance, random_shift, run, save_checkpoint, start_processes,
+                    to_device, to_numbers, valid_share)
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, every=6)
@@ -75,6 +76,7 @@ def arguments(argv):
     add("--smoke", action="store_true", help=f"tiny preset {SMOKE}; explicit flags still win")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
     add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
     add("--every", type=int, default=500, help="steps between checkpoints, each with a validation; training "
         "metrics are logged ten times as often")
@@ -152,8 +154,10 @@ def average(averaged, policy, decay):
 
 def main(argv=None):
     args = arguments(argv)
-    out, origin, device = Path(args.out), provenance(), pick_device(args.device)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "workers", "every"})
+    rank, world, device = start_processes(args)
+    out, origin = Path(args.out), provenance()
+    free = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
+    checkpoint = open_run(args, free)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -196,19 +200,23 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
-    log = Log(out, start)
+    check_agreed(out, {**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
+                       "fingerprint": train.fingerprint})
+    log = Log(out, start) if rank == 0 else lambda *_: None
 
     # ---- loop ----
     # The batch and the noise of a step follow from (seed, step) alone: an exact resume needs nothing else.
-    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)
+    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)[rank::world]
                for step in range(start, args.steps))
-    loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
-    bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True)
+    loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
+    bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     policy.train()
+    policy_loss = parallel(policy.loss, args.compile)
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))
         batch = to_device(batch, device)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -216,29 +224,31 @@ def main(argv=None):
         if args.freeze_steps and step in (start, args.freeze_steps):
             for name, parameter in policy.named_parameters():
                 parameter.requires_grad_(step >= args.freeze_steps or name in new)
+            policy_loss = parallel(policy.loss, args.compile)
         # DEVIATION: each image is shifted on its own, and proprioception is hidden in a share of the samples
         # (models.py): otherwise a policy from few demonstrations continues its own motion without looking.
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
                                   for c, x in batch["obs"]["images"].items()}
 
-        loss, logs = policy.loss(batch)                                               # (Eq. 6), (Eq. 7)
+        share = valid_share(batch["is_pad"])            # 1 with one process
+        loss, logs = policy_loss(batch)                                               # (Eq. 6), (Eq. 7)
+        loss = share * loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr or --clip. {out}/last.pt "
-                             "is from before")
         done = step + 1
         if decay:                                          # at first the average covers a tenth of the steps
             average(averaged, policy, min(decay, (1 + done) / (10 + done)))
         bar.update()
-        if done % max(1, args.every // 10) == 0 or done == args.steps:
-            log(done, {"loss": loss.item(), **logs, "grad_norm/policy": norm.item(),
-                       "lr": optimizer.param_groups[0]["lr"],
+        save = done % args.every == 0 or done == args.steps
+        if save or done % max(1, args.every // 10) == 0:
+            numbers = to_numbers(done, {"loss": loss, **{k: share * v for k, v in logs.items()},
+                                        "grad_norm/policy": norm})
+            log(done, {**numbers, "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
-        if done % args.every == 0 or done == args.steps:
+        if save and rank == 0:
             policy.eval()
             log(done, {f"val_l1/{i}": e.item() for i, e in enumerate(validate(averaged, held_out, device))})
             policy.train()

@@ -14,8 +14,8 @@ through z into the policy. Apart from z, neither model knows the other.
     (Eq. 3) prior             RSSM.prior              (Eq. 7) diffusion loss     DiffusionPolicy.loss
     (Eq. 4) decoder           WorldModel.decode       (Eq. 8, 9) are in cca.py
 
-Sections: text, normaliser, observations, policies, world model, chunk execution, linear probe, and last the
-bookkeeping of runs (errors, files, checkpoints, logs).
+Sections: text, normaliser, observations, policies, world model, chunk execution, linear probe, several
+processes, and last the bookkeeping of runs (errors, files, checkpoints, logs).
 
 Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action width, A action width,
 P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,
@@ -27,6 +27,7 @@ choice where the paper is silent; UPSTREAM: what the authors' published release 
 """
 import argparse
 import ctypes
+import datetime
 import errno
 import functools
 import hashlib
@@ -41,6 +42,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 from pathlib import Path
 
@@ -55,8 +57,10 @@ if sys.platform == "linux":             # keep freed memory: returning it to the
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -387,7 +391,7 @@ class Policy(nn.Module):
         self.chunk, self.cameras, self.head = config["chunk"], config["cameras"], config["head"]
         if self.head != "action":
             latents = self.chunk * config["latent_dim"]
-            self.latent_norm = (nn.BatchNorm1d(latents, affine=False) if config["latent_norm"]
+            self.latent_norm = (BatchNorm(latents, affine=False) if config["latent_norm"]
                                 else nn.Identity())
         if self.head != "latent":
             self.action_norm = Normalizer(config["action_dim"])
@@ -403,6 +407,7 @@ class Policy(nn.Module):
         if self.head != "latent":
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
+    @torch.compiler.disable             # it takes words, for which --compile would compile anew in every step
     def preprocess(self, obs):
         """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception.
         InputError when obs is not what the policy was made for."""
@@ -452,7 +457,7 @@ class Policy(nn.Module):
         return torch.tanh(actions)
 
     def loss(self, batch):
-        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: float} for the log.
+        """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: scalar} for the log.
 
         batch = {"obs", "actions" (B, n, A) in the data's units, "is_pad" (B, n) bool: steps not to count}.
         """
@@ -461,7 +466,7 @@ class Policy(nn.Module):
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
         nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
         l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
-        return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1.item()}
+        return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1}
 
     @torch.no_grad()
     def act(self, obs):
@@ -559,7 +564,7 @@ class ACT(Policy):
         return actions if self.training else actions.clamp(-1, 1)
 
     def loss(self, batch):
-        """Reconstruction and KL: batch as in Policy.loss -> scalar, {name: float} for the log."""
+        """Reconstruction and KL: batch as in Policy.loss -> scalar, {name: scalar} for the log."""
         target, obs = self.action_norm.normalize(batch["actions"]), self.preprocess(batch["obs"])
         mean, log_var = self.infer_style(obs, target, batch["is_pad"])
         style = mean + (log_var / 2).exp() * torch.randn_like(mean)
@@ -567,7 +572,7 @@ class ACT(Policy):
         l1 = masked_mean(error, batch["is_pad"])
         # L = mean |a - mu(o_t, instruction, style)| over the valid steps + weight * KL(q(style) || N(0, I))
         kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
-        return l1 + self.kl_weight * kl, {"l1": l1.item(), "style_kl": kl.item()}
+        return l1 + self.kl_weight * kl, {"l1": l1.detach(), "style_kl": kl.detach()}
 
 
 class DiffusionPolicy(Policy):
@@ -1007,14 +1012,14 @@ class WorldModel(nn.Module):
         return self.rssm.unroll(state, actions, embed=actions.new_zeros(0, actions.shape[1], 1))
 
     def loss(self, images, actions, is_pad):
-        """(Eq. 5): total() averaged over the valid steps -> scalar, {name: float} for the log.
+        """(Eq. 5): total() averaged over the valid steps -> scalar, {name: scalar} for the log.
 
         images  (B, n+1, 3V, H, W) uint8   o_t ... o_t+n
         actions (B, n, Z)                  with gradient: here the world model teaches the policy
         is_pad  (B, n) bool                steps not to count: o_k+1 repeats the last frame of the episode
         """
         terms = self.losses(images, actions, self.config["predict"], self.config["decode_steps"])
-        logs = {name: masked_mean(term, is_pad).item() for name, term in terms.items() if name != "still"}
+        logs = {name: masked_mean(term, is_pad).detach() for name, term in terms.items() if name != "still"}
         return masked_mean(self.total(terms), is_pad), logs
 
     def total(self, terms):
@@ -1101,7 +1106,7 @@ class InverseDynamics(nn.Module):
         channels = image_channels(config["size"], config["image_size"])
         self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [6 * config["views"], *channels]), nn.Flatten())
         self.out = nn.Linear(16 * channels[-1], config["action_dim"], bias=False)
-        self.norm = nn.BatchNorm1d(config["action_dim"], affine=False)
+        self.norm = BatchNorm(config["action_dim"], affine=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
@@ -1190,6 +1195,113 @@ def r_squared(predicted, true):
     return 1 - ((true - predicted) ** 2).mean(0) / variance
 
 
+# ---- several processes ------------------------------------------------------------------------------------
+
+
+def start_processes(args):
+    """Join the other processes if torchrun started this one -> rank, number of processes, torch.device.
+
+    Each process trains on its share of every batch; rank 0 alone prints, reports and writes. InputError for a
+    --batch-size, --device or --compile that cannot work.
+    """
+    torchrun = dist.is_torchelastic_launched()
+    rank, world, local = (int(os.environ[name]) if torchrun else default for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(f"cuda:{local}" if torchrun and args.device == "cuda" else args.device)
+    if args.compile and device.type == "cpu":
+        raise InputError("--compile is for GPUs: on a CPU it takes minutes and gains nothing, leave it out")
+    if args.batch_size % world:
+        raise InputError(f"--batch-size {args.batch_size} is split evenly over {world} processes: give a "
+                         f"multiple of {world}")
+    if torchrun:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # An hour: the others wait for rank 0 in the next step while it writes a report.
+        dist.init_process_group(timeout=datetime.timedelta(hours=1))
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    return rank, world, device
+
+
+def processes():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def check_agreed(out, facts):
+    """Wait for all processes. InputError that names the first of these facts in which two of them differ."""
+    everyone = [facts] * processes()
+    if processes() > 1:
+        dist.all_gather_object(everyone, facts)
+    for rank, other in enumerate(everyone):
+        for name in sorted(name for name in facts if other[name] != everyone[0][name]):
+            raise InputError(f"process {rank} has {name} {other[name]}, process 0 has {everyone[0][name]}: all "
+                             f"machines need the same flags, data and, to resume, {out}/last.pt")
+
+
+def parallel(method, compiled):
+    """A module's method, for training: its gradients become the mean over all processes in backward(), and
+    with `compiled` torch.compile makes it faster. In eval mode it is the method itself."""
+    module, call = method.__self__, torch.compile(method) if compiled else method
+    if processes() > 1 and any(p.requires_grad for p in module.parameters()):
+        holder = nn.Module()            # DistributedDataParallel averages what the forward() of a module does
+        holder.module, holder.forward = module, call
+        call = DistributedDataParallel(holder, broadcast_buffers=False)
+    return lambda *args: (call if module.training else method)(*args)
+
+
+def valid_share(is_pad):
+    """Valid steps (is_pad (B, n) bool) of this process / their mean over all processes -> 1.0 or scalar.
+
+    The mean over processes of share * masked_mean(x, is_pad) is the masked mean over the whole batch.
+    """
+    if processes() == 1:
+        return 1.0
+    valid = (~is_pad).sum().float()
+    total = valid.clone()
+    dist.all_reduce(total)
+    return valid * processes() / total
+
+
+def to_numbers(step, metrics):
+    """{name: scalar tensor} -> {name: float}, means over all processes. InputError unless all are finite.
+    The only place where training waits for the GPU."""
+    values = torch.stack([value.detach().float() for value in metrics.values()])
+    if processes() > 1:
+        dist.all_reduce(values)
+        values /= processes()
+    numbers = dict(zip(metrics, values.tolist()))
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value} at step {step}, perhaps for some steps: lower --lr or --clip. "
+                             "Nothing was saved since; last.pt, if there is one, is from before")
+    return numbers
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """nn.BatchNorm1d with the statistics of all processes (nn.SyncBatchNorm has no CPU form): (B, C) ->
+    (B, C)."""
+
+    def forward(self, x):
+        return self.together(x) if self.training and processes() > 1 else super().forward(x)
+
+    @torch.compiler.disable
+    def together(self, x):
+        """Normalise the rows of all processes, keep one's own. Other processes' losses depend on x, too: the
+        gradient is summed over processes."""
+        def summed(gradient):
+            gradient = gradient.clone()
+            dist.all_reduce(gradient)
+            return gradient
+
+        own = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
+        rows = x.new_empty(processes() * len(x), x.shape[1])                          # (processes * B, C)
+        dist.all_gather_into_tensor(rows, x.detach().contiguous())
+        rows[own] = x
+        if rows.requires_grad:
+            rows.register_hook(summed)
+        return super().forward(rows)[own]
+
+
 # ---- run bookkeeping: errors, files, checkpoints, run folders ---------------------------------------------
 
 
@@ -1211,6 +1323,12 @@ def run(main):
             raise
         message, status = (f"cannot read or write {e.filename or 'a file'}: {e.strerror}; finished work is "
                            "kept: make room or choose another --out, then continue with --resume"), 2
+    except RuntimeError as e:
+        if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(e))):
+            raise
+        message, status = "another process of this run has ended: see its error, continue with --resume", 1
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)       # torchrun ends this process once rank 0 has said the same
     for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
         bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
                     Normalizer, TextEncoder, WorldModel, at_least, by_position, check_same, count,
-                    make_policy, masked_mean, open_run, pick_device, policy_numbers, provenance, r_squared,
-                    random_shift, ridge_probe, run, save_checkpoint, shuffled_within, targets, to_device,
-                    write_atomically)
+                    check_agreed, make_policy, masked_mean, open_run, parallel, policy_numbers, provenance, r_squared,
+                    random_shift, ridge_probe, run, save_checkpoint, shuffled_within, start_processes, targets, to_device,
+                    to_numbers, valid_share, write_atomically)
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
 SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
@@ -98,6 +98,7 @@ def arguments(argv):
     add("--smoke", action="store_true", help=f"tiny preset {SMOKE}; explicit flags still win")
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
     add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
     add("--every", type=int, default=200, help="steps between checkpoints, each with a report; training "
         "metrics are logged ten times as often")
@@ -165,8 +166,10 @@ def make_feed(args, train, modules):
     They are the policy's latent actions z and 0, unless --latents or --latent-source asks for an ablation.
     """
     if "inverse" in modules:
+        see = parallel(modules["inverse"].forward, args.compile)
+
         def feed(z, batch):             # the policy does not see the future, so it learns the mean
-            seen = modules["inverse"](batch["frames"])
+            seen = see(batch["frames"])
             return seen, masked_mean(((z - seen.detach()) ** 2).mean(-1), batch["is_pad"])
         return feed
     if args.latents == "true":
@@ -277,7 +280,7 @@ def open_loop_strip(z, world_model, batch, path):
 
 def clip_gradients(modules, largest):
     """Scale all gradients to a common norm of at most `largest` -> {"grad_norm/MODULE": norm before that}."""
-    norms = {f"grad_norm/{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), math.inf).item()
+    norms = {f"grad_norm/{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), math.inf)
              for name, module in modules.items()}
     torch.nn.utils.clip_grad_norm_(modules.parameters(), largest)
     return norms
@@ -285,9 +288,11 @@ def clip_gradients(modules, largest):
 
 def main(argv=None):
     args = arguments(argv)
-    out, origin, device = Path(args.out), provenance(), pick_device(args.device)
-    checkpoint = open_run(args, free={"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers",
-                                      "every"})
+    rank, world, device = start_processes(args)
+    out, origin = Path(args.out), provenance()
+    at_least(args, 2 * world if args.latents == "shuffled" else world, "batch_size")
+    free = {"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers", "every"}
+    checkpoint = open_run(args, free)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -320,7 +325,9 @@ def main(argv=None):
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
     check_gradients(modules.eval(), feed, few, args.latents)
-    log = Log(out, start)
+    check_agreed(out, {**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
+                       "fingerprint": train.fingerprint})
+    log = Log(out, start) if rank == 0 else lambda *_: None
 
     @torch.no_grad()
     def report(step):
@@ -337,17 +344,21 @@ def main(argv=None):
 
     # ---- loop ----
     # The batch and the noise of a step follow from (seed, step) alone: an exact resume needs nothing else.
-    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)
+    batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)[rank::world]
                for step in range(start, args.steps))
-    loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers)
-    if start == 0:
+    loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers,
+                        pin_memory=device.type == "cuda")
+    if start == 0 and rank == 0:
         report(0)
     modules.train()
-    bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True)
+    policy.requires_grad_(args.latents in ("learned", "shuffled"))
+    latent_actions = parallel(policy.latent_actions, args.compile)
+    world_model_loss = parallel(world_model.loss, args.compile)
+    bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))
         batch = to_device(batch, device)
         # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few clips at this scale.
         batch["frames"] = random_shift(batch["frames"], args.shift)                   # (B, n+1, 3V, H, W)
@@ -356,26 +367,26 @@ def main(argv=None):
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
 
-        z = policy.latent_actions(obs)                                                # (B, n, Z)
+        share = valid_share(batch["is_pad"])            # 1 with one process
+
+        z = latent_actions(obs)                                                       # (B, n, Z)
         actions, extra = feed(z, batch)                 # z and 0, unless a flag asks for an ablation
-        loss, logs = world_model.loss(batch["frames"], actions, batch["is_pad"])      # (Eq. 5)
-        loss = loss + extra
+        loss, logs = world_model_loss(batch["frames"], actions, batch["is_pad"])      # (Eq. 5)
+        loss = share * (loss + extra)
         loss.backward()                                 # the gradient flows back through z into the policy
         norms = clip_gradients(modules, args.clip)
         optimizer.step()
 
         optimizer.zero_grad(set_to_none=True)
-        if not loss.isfinite():
-            raise InputError(f"the loss is {loss.item()} at step {step}: lower --lr or --clip. {out}/last.pt "
-                             "is from before")
         done = step + 1
         bar.update()
-        if done % max(1, args.every // 10) == 0 or done == args.steps:
-            log(done, {"loss": loss.item(), **logs, **norms,
-                       **({"distilled": extra.item()} if "inverse" in modules else {}),
-                       "lr": optimizer.param_groups[0]["lr"],
+        save = done % args.every == 0 or done == args.steps
+        if save or done % max(1, args.every // 10) == 0:
+            logs.update({"distilled": extra} if "inverse" in modules else {})
+            numbers = to_numbers(done, {"loss": loss, **{k: share * v for k, v in logs.items()}, **norms})
+            log(done, {**numbers, "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
-        if done % args.every == 0 or done == args.steps:
+        if save and rank == 0:
             report(done)
             save_checkpoint(out / "last.pt", dict(
                 stage="pretrain", step=done, config=policy.config, world_config=world_model.config,
