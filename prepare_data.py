@@ -7,6 +7,7 @@
     python prepare_data.py lerobot --input /data/my_robot           # a LeRobotDataset v3 folder
     python prepare_data.py realman --input data/takes               # recordings of `robot.py record`
     python prepare_data.py videos --input my_clips --captions my_clips.csv
+    python prepare_data.py ssv2 --input /data/ssv2 --part 3/16 --resume     # the third of 16 machines' work
     python prepare_data.py ssv2 --input /data/ssv2 --check          # read everything, write nothing
     python prepare_data.py inspect data/robot                       # print numbers, draw a contact sheet
 
@@ -43,6 +44,7 @@ import argparse
 import atexit
 import bisect
 import collections
+import contextlib
 import csv
 import datetime
 import errno
@@ -161,7 +163,8 @@ def claim_output(folder, arguments, done, args):
         print(f"{folder}: complete, nothing to do")
         return True
     os.makedirs(folder, exist_ok=True)
-    write_json(made_by, arguments)
+    with contextlib.suppress(FileNotFoundError):     # another machine writes the same file at this moment
+        write_json(made_by, arguments)
     return False
 
 
@@ -1160,6 +1163,14 @@ def vector(names, units, frame, gripper, delta=None):
     return {**about, "delta": delta} if delta else about
 
 
+def part(text):
+    """"K/N" -> K, N."""
+    k, n = map(int, text.split("/"))
+    if not 1 <= k <= n:
+        raise ValueError
+    return k, n
+
+
 def words(text):
     """Comma-separated words -> list, each one once."""
     found = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
@@ -1224,7 +1235,8 @@ SOURCES = {
 # ---- the convert loop, one for all sources -----------------------------------------------------------------
 
 OUT_OF_RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-FREE = ("out", "workers", "resume", "overwrite", "check", "libero_assets")   # flags that --resume may change
+AGAIN = "delete it, then --resume makes it again"
+FREE = ("out", "workers", "resume", "overwrite", "check", "part", "libero_assets")     # --resume may change
 
 
 def one_line(error):
@@ -1310,19 +1322,32 @@ def convert(args):
     size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))    # items per shard
     shards = {os.path.join(args.out, f"{i // size:05d}.h5"): items[i:i + size]
               for i in range(0, len(items), size)}
-    todo = {path: part for path, part in shards.items() if args.check or not os.path.exists(path)}
-    outcomes = read_items([item for part in todo.values() for item in part], about, args, len(items))
+    k, n = getattr(args, "part", (1, 1))
+    mine = dict(list(shards.items())[k - 1::n])
+    total = sum(map(len, mine.values()))
+    todo = {path: part for path, part in mine.items() if args.check or not os.path.exists(path)}
+    outcomes = read_items([item for part in todo.values() for item in part], about, args, total)
     if args.check:
         reasons = []
         for outcome in outcomes:
             if "reason" in outcome:
                 tqdm.write("{name}: {reason} ({detail})".format_map(outcome))
                 reasons.append(outcome["reason"])
-        return report(args.input, f"{len(items) - len(reasons)} good episodes", len(items), reasons)
+        return report(args.input, f"{total - len(reasons)} good episodes", total, reasons)
     for path, part in todo.items():
         batch = list(itertools.islice(outcomes, len(part)))
         write_shard(path, about, [x for x in batch if "images" in x], [x for x in batch if "reason" in x])
         del batch                             # else memory would hold two shards
+    missing = [path for path in shards if not os.path.exists(path)]
+    if missing:
+        print(f"{args.out}: part {k}/{n} is done, {len(missing)} of {len(shards)} shards are not here yet. With "
+              "all shards in this folder, the same command with --resume and without --part makes the dataset")
+        return 0.0
+    for path, part in shards.items():         # they may have been copied here
+        with open_shard(path, AGAIN) as f:
+            names = [*f["name"].asstr()[:], *(json.loads(text)["name"] for text in f["rejects"].asstr()[:])]
+            if sorted(names) != sorted(name for name, _ in part) or dict(f.attrs) != attributes(about):
+                raise InputError(f"{path} was made from another source or with other settings: {AGAIN}")
     return finish(args.out, about, list(shards), len(items))
 
 
@@ -1359,13 +1384,18 @@ def check_episode(episode, about):
     return episode
 
 
+def attributes(about):
+    """-> the attributes of a dataset as those of an HDF5 file: strings and whole numbers."""
+    return {key: value if isinstance(value, (str, int)) else json.dumps(value, sort_keys=True)
+            for key, value in about.items()}
+
+
 def write_shard(path, about, episodes, rejects):
     """Write one shard. It is assembled in memory and written at once: a full disk is then a plain OSError."""
     buffer = io.BytesIO()
     lengths = [len(episode["images"][about["cameras"][0]]) for episode in episodes]
     with h5py.File(buffer, "w") as f:
-        for key, value in about.items():
-            f.attrs[key] = value if isinstance(value, (str, int)) else json.dumps(value, sort_keys=True)
+        f.attrs.update(attributes(about))
         for camera in about["cameras"]:
             jpegs = [jpeg for episode in episodes for jpeg in episode["images"][camera]]
             f[f"images/{camera}/jpg"] = np.frombuffer(b"".join(jpegs), np.uint8)
@@ -1389,7 +1419,7 @@ def finish(folder, about, paths, num_items):
     """Read the shards again, write rejects.jsonl and then dataset.json. -> share of rejects. InputError."""
     shards, rejects, fps, instructions = [], [], [], set()
     for path in paths:
-        with open_shard(path, "delete it, then --resume makes it again") as f:
+        with open_shard(path, AGAIN) as f:
             rejects += [json.loads(text) for text in f["rejects"].asstr()[:]]
             instructions |= {json.loads(text)[0] for text in f["instruction"].asstr()[:]}
             fps += f["fps"][:].tolist()
@@ -1747,6 +1777,8 @@ def build_parser(smoke=False):
             group.add_argument("--fraction", type=float, default=1.0, help="random share of the episodes; "
                                "paper: 0.1 of Something-Something")
             group.add_argument("--seed", type=int, default=0, help="selects which share --fraction takes")
+            group.add_argument("--part", type=part, default="1/1", help="K/N: only every N-th shard, from the "
+                               "K-th on, so that N machines share the work")
             group.add_argument("--min-frames", type=int, default=12, help="reject shorter episodes")
             group.add_argument("--resize", choices=("squash", "crop"), default="squash",
                                help="squash changes the aspect ratio (as the release), crop cuts a square")

@@ -230,6 +230,38 @@ def alive(pid):
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def test_machines_that_share_a_source_make_the_bytes_that_one_machine_makes(counting, tmp_path, capsys):
+    """Three machines with folders of their own, whose shards are then copied into one; the part of the third
+    is missing and made at the end. Two machines with one shared folder: the last one makes the dataset."""
+    joined = tmp_path / "joined"
+    for part in ("2/3", "1/3"):
+        convert(tmp_path / part[0], flags=["--part", part, "--resume"])
+        error(lambda: EpisodeDataset(tmp_path / part[0], 1), "half made")
+        shutil.copytree(tmp_path / part[0], joined, dirs_exist_ok=True)
+    assert [p.name for p in sorted(joined.glob("*.h5"))] == ["00000.h5", "00001.h5", "00003.h5"]
+    assert "part 1/3 is done, 2 of 4 shards are not here yet" in capsys.readouterr().out
+    convert(joined, flags=["--resume"])
+    assert content(joined) == content(counting)
+    for part in ("1/2", "2/2"):
+        convert(tmp_path / "shared", flags=["--part", part, "--resume"])
+    assert content(tmp_path / "shared") == content(counting)
+
+
+def test_a_shard_of_another_source_or_setting_is_never_joined(counting, tmp_path):
+    for name, settings in (("source", {"lengths": LENGTHS[::-1] + [3, 3], "shard": 4}),
+                           ("setting", {"flags": ["--min-frames", "3"]})):
+        convert(tmp_path / "other", **{**settings, "flags": [*settings.get("flags", []), "--overwrite"]})
+        convert(tmp_path / name, flags=["--part", "1/2"])
+        shutil.copy(tmp_path / "other" / "00001.h5", tmp_path / name)
+        error(lambda: convert(tmp_path / name, flags=["--resume"]), "00001.h5", "delete it")
+        (tmp_path / name / "00001.h5").unlink()
+        convert(tmp_path / name, flags=["--resume"])
+        assert content(tmp_path / name) == content(counting)
+    for text in ("0/3", "4/3", "3", "a/b"):
+        with pytest.raises(SystemExit):
+            convert(tmp_path / "bad", flags=["--part", text])
+
+
 def test_resume_and_overwrite_rules(tmp_path, capsys):
     out = tmp_path / "d"
     convert(out)
