@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
-                    colour_jitter, count, init_from_pretrained, load_checkpoint, make_policy, open_run, parallel,
-                    policy_numbers, provenance, random_shift, run, save_checkpoint, start_processes,
-                    to_device, to_numbers, valid_share)
+                    colour_jitter, count, init_from_pretrained, load_checkpoint, make_policy, open_run,
+                    parallel, policy_numbers, process_mean, provenance, random_shift, run, save_checkpoint,
+                    start_processes, to_device, to_numbers)
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, every=6)
@@ -200,8 +200,8 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
-    check_agreed(out, {**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
-                       "fingerprint": train.fingerprint})
+    check_agreed({**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
+                  "data": train.fingerprint})
     log = Log(out, start) if rank == 0 else lambda *_: None
 
     # ---- loop ----
@@ -230,7 +230,8 @@ def main(argv=None):
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
                                   for c, x in batch["obs"]["images"].items()}
 
-        share = valid_share(batch["is_pad"])            # 1 with one process
+        valid = (~batch["is_pad"]).sum()
+        share = valid / process_mean(valid)             # weight of this process, 1 if there are no others
         loss, logs = policy_loss(batch)                                               # (Eq. 6), (Eq. 7)
         loss = share * loss
         loss.backward()

@@ -1195,111 +1195,78 @@ def r_squared(predicted, true):
     return 1 - ((true - predicted) ** 2).mean(0) / variance
 
 
-# ---- several processes ------------------------------------------------------------------------------------
+# ---- several processes (torchrun) -------------------------------------------------------------------------
 
 
-def start_processes(args):
-    """Join the other processes if torchrun started this one -> rank, number of processes, torch.device.
+def start_processes(args, rows=1):
+    """Join the processes that torchrun started, if it did -> rank, their number, torch.device of this one.
 
-    Each process trains on its share of every batch; rank 0 alone prints, reports and writes. InputError for a
-    --batch-size, --device or --compile that cannot work.
+    Each trains on its share of every batch, a multiple of `rows`; rank 0 alone prints, reports and writes.
+    InputError when that, --device or --compile cannot work.
     """
-    torchrun = dist.is_torchelastic_launched()
-    rank, world, local = (int(os.environ[name]) if torchrun else default for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(f"cuda:{local}" if torchrun and args.device == "cuda" else args.device)
+    launched = dist.is_torchelastic_launched()
+    rank, world = (int(os.environ[key]) if launched else 0 for key in ("RANK", "WORLD_SIZE"))
+    own_gpu = launched and args.device == "cuda"
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
     if args.compile and device.type == "cpu":
         raise InputError("--compile is for GPUs: on a CPU it takes minutes and gains nothing, leave it out")
-    if args.batch_size % world:
-        raise InputError(f"--batch-size {args.batch_size} is split evenly over {world} processes: give a "
-                         f"multiple of {world}")
-    if torchrun:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        # An hour: the others wait for rank 0 in the next step while it writes a report.
+    if launched and args.batch_size % (rows * world):
+        raise InputError(f"--batch-size {args.batch_size} cannot be split over {world} processes: give a "
+                         f"multiple of {rows * world}")
+    if own_gpu:
+        torch.cuda.set_device(device)
+    if world > 1:           # the timeout: while rank 0 writes a report, the others wait for it in a step
         dist.init_process_group(timeout=datetime.timedelta(hours=1))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
-    return rank, world, device
+    return rank, max(1, world), device
 
 
-def processes():
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def check_agreed(out, facts):
-    """Wait for all processes. InputError that names the first of these facts in which two of them differ."""
-    everyone = [facts] * processes()
-    if processes() > 1:
+def check_agreed(facts):
+    """Wait for all processes. InputError that names what they do not agree on."""
+    everyone = [facts]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
         dist.all_gather_object(everyone, facts)
-    for rank, other in enumerate(everyone):
-        for name in sorted(name for name in facts if other[name] != everyone[0][name]):
-            raise InputError(f"process {rank} has {name} {other[name]}, process 0 has {everyone[0][name]}: all "
-                             f"machines need the same flags, data and, to resume, {out}/last.pt")
+    names = [name for name in facts if any(other[name] != facts[name] for other in everyone)]
+    if names:
+        raise InputError(f"the processes differ in {', '.join(names)}: start all with the same flags and "
+                         "data and, to resume, with the same last.pt")
+
+
+def process_mean(x):
+    """Mean of a tensor over all processes, without gradient."""
+    if dist.is_initialized():
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
 
 
 def parallel(method, compiled):
-    """A module's method, for training: its gradients become the mean over all processes in backward(), and
-    with `compiled` torch.compile makes it faster. In eval mode it is the method itself."""
+    """A method of a module, for its training: backward() averages the gradients over all processes, and
+    `compiled` asks for torch.compile. In eval mode it is the method itself."""
     module, call = method.__self__, torch.compile(method) if compiled else method
-    if processes() > 1 and any(p.requires_grad for p in module.parameters()):
-        holder = nn.Module()            # DistributedDataParallel averages what the forward() of a module does
+    if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
+        holder = nn.Module()            # DistributedDataParallel calls forward()
         holder.module, holder.forward = module, call
         call = DistributedDataParallel(holder, broadcast_buffers=False)
     return lambda *args: (call if module.training else method)(*args)
 
 
-def valid_share(is_pad):
-    """Valid steps (is_pad (B, n) bool) of this process / their mean over all processes -> 1.0 or scalar.
-
-    The mean over processes of share * masked_mean(x, is_pad) is the masked mean over the whole batch.
-    """
-    if processes() == 1:
-        return 1.0
-    valid = (~is_pad).sum().float()
-    total = valid.clone()
-    dist.all_reduce(total)
-    return valid * processes() / total
-
-
-def to_numbers(step, metrics):
-    """{name: scalar tensor} -> {name: float}, means over all processes. InputError unless all are finite.
-    The only place where training waits for the GPU."""
-    values = torch.stack([value.detach().float() for value in metrics.values()])
-    if processes() > 1:
-        dist.all_reduce(values)
-        values /= processes()
-    numbers = dict(zip(metrics, values.tolist()))
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise InputError(f"{name} is {value} at step {step}, perhaps for some steps: lower --lr or --clip. "
-                             "Nothing was saved since; last.pt, if there is one, is from before")
-    return numbers
-
-
 class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d with the statistics of all processes (nn.SyncBatchNorm has no CPU form): (B, C) ->
-    (B, C)."""
-
-    def forward(self, x):
-        return self.together(x) if self.training and processes() > 1 else super().forward(x)
+    """nn.BatchNorm1d over the rows of all processes: (B, C) -> (B, C). nn.SyncBatchNorm has no CPU form."""
 
     @torch.compiler.disable
-    def together(self, x):
-        """Normalise the rows of all processes, keep one's own. Other processes' losses depend on x, too: the
-        gradient is summed over processes."""
-        def summed(gradient):
-            gradient = gradient.clone()
-            dist.all_reduce(gradient)
-            return gradient
-
-        own = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
-        rows = x.new_empty(processes() * len(x), x.shape[1])                          # (processes * B, C)
-        dist.all_gather_into_tensor(rows, x.detach().contiguous())
-        rows[own] = x
-        if rows.requires_grad:
-            rows.register_hook(summed)
-        return super().forward(rows)[own]
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        rows = x.new_empty(world, *x.shape)                                           # (processes, B, C)
+        dist.all_gather(list(rows), x.detach().contiguous())
+        rows[rank] = x
+        if rows.requires_grad:          # the losses of the other processes depend on x, too
+            rows.register_hook(lambda gradient: world * process_mean(gradient))
+        return super().forward(rows.flatten(0, 1)).view_as(rows)[rank]
 
 
 # ---- run bookkeeping: errors, files, checkpoints, run folders ---------------------------------------------
@@ -1327,8 +1294,8 @@ def run(main):
         if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(e))):
             raise
         message, status = "another process of this run has ended: see its error, continue with --resume", 1
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)       # torchrun ends this process once rank 0 has said the same
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        time.sleep(2)       # if rank 0 says the same, torchrun ends this process before it repeats it
     for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
         bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -1506,6 +1473,17 @@ def open_run(args, free):
         raise InputError(f"nothing to resume in {out}: leave --resume out, or name the run with --out")
     check_free(out, last.exists() or (out / "metrics.jsonl").exists(), args)
     return None
+
+
+def to_numbers(step, metrics):
+    """{name: scalar tensor} -> {name: float}, means over all processes. InputError unless they are finite.
+    A GPU is waited for here alone."""
+    values = process_mean(torch.stack([value.detach().float() for value in metrics.values()])).tolist()
+    for name, value in zip(metrics, values):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value} at step {step} or since some steps before: lower --lr or "
+                             "--clip. last.pt, if there is one, is from before")
+    return dict(zip(metrics, values))
 
 
 class Log:

@@ -1340,8 +1340,8 @@ def convert(args):
         del batch                             # else memory would hold two shards
     missing = [path for path in shards if not os.path.exists(path)]
     if missing:
-        print(f"{args.out}: part {k}/{n} is done, {len(missing)} of {len(shards)} shards are not here yet. With "
-              "all shards in this folder, the same command with --resume and without --part makes the dataset")
+        print(f"{args.out}: part {k}/{n} is done, {len(missing)} of {len(shards)} shards are not here yet. "
+              "When all are here, the same command with --resume and without --part makes the dataset")
         return 0.0
     for path, part in shards.items():         # they may have been copied here
         with open_shard(path, AGAIN) as f:
@@ -1777,8 +1777,8 @@ def build_parser(smoke=False):
             group.add_argument("--fraction", type=float, default=1.0, help="random share of the episodes; "
                                "paper: 0.1 of Something-Something")
             group.add_argument("--seed", type=int, default=0, help="selects which share --fraction takes")
-            group.add_argument("--part", type=part, default="1/1", help="K/N: only every N-th shard, from the "
-                               "K-th on, so that N machines share the work")
+            group.add_argument("--part", type=part, default="1/1", help="K/N: make only every N-th shard, "
+                               "from the K-th on, so that N machines share the work")
             group.add_argument("--min-frames", type=int, default=12, help="reject shorter episodes")
             group.add_argument("--resize", choices=("squash", "crop"), default="squash",
                                help="squash changes the aspect ratio (as the release), crop cuts a square")

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm import tqdm
 
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
-                    Normalizer, TextEncoder, WorldModel, at_least, by_position, check_same, count,
-                    check_agreed, make_policy, masked_mean, open_run, parallel, policy_numbers, provenance, r_squared,
-                    random_shift, ridge_probe, run, save_checkpoint, shuffled_within, start_processes, targets, to_device,
-                    to_numbers, valid_share, write_atomically)
+                    Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
+                    count, make_policy, masked_mean, open_run, parallel, policy_numbers, process_mean,
+                    provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint, shuffled_within,
+                    start_processes, targets, to_device, to_numbers, write_atomically)
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
 SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
@@ -288,9 +288,8 @@ def clip_gradients(modules, largest):
 
 def main(argv=None):
     args = arguments(argv)
-    rank, world, device = start_processes(args)
+    rank, world, device = start_processes(args, rows=2 if args.latents == "shuffled" else 1)
     out, origin = Path(args.out), provenance()
-    at_least(args, 2 * world if args.latents == "shuffled" else world, "batch_size")
     free = {"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers", "every"}
     checkpoint = open_run(args, free)
     if args.threads:
@@ -325,8 +324,8 @@ def main(argv=None):
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
     check_gradients(modules.eval(), feed, few, args.latents)
-    check_agreed(out, {**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
-                       "fingerprint": train.fingerprint})
+    check_agreed({**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
+                  "data": train.fingerprint})
     log = Log(out, start) if rank == 0 else lambda *_: None
 
     @torch.no_grad()
@@ -367,7 +366,8 @@ def main(argv=None):
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
 
-        share = valid_share(batch["is_pad"])            # 1 with one process
+        valid = (~batch["is_pad"]).sum()
+        share = valid / process_mean(valid)             # weight of this process, 1 if there are no others
 
         z = latent_actions(obs)                                                       # (B, n, Z)
         actions, extra = feed(z, batch)                 # z and 0, unless a flag asks for an ablation
