@@ -7,6 +7,7 @@
     python finetune.py --demos-per-task 5                # few demonstrations: where pretraining should help
     python finetune.py --init runs/scratch/last.pt --demos-per-task 5 --out runs/supervised  # see below
     python finetune.py --data data/libero --steps 6000   # LIBERO on a laptop; the paper's size: README
+    torchrun --nproc-per-node 8 finetune.py --batch-size 256     # eight GPUs, each with 32 windows of a batch
 
 The world model is discarded and the last layer of the policy is initialised anew (--head reinit, the paper's
 choice). The architecture comes from the checkpoint. Cameras and proprioception that only the demonstrations
@@ -33,6 +34,8 @@ from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_le
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, every=6)
+# Flags that may change when a run is resumed.
+FREE = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
 
 
 def arguments(argv):
@@ -47,7 +50,7 @@ def arguments(argv):
     add("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each image are "
         "multiplied by up to 1 +- this; 0 = off; release 0.3 on LIBERO")
-    add("--workers", type=int, default=0, help="loader processes; 4 to 8 on a large machine")
+    add("--workers", type=int, default=0, help="loader processes per GPU; 4 to 8 on a large machine")
     add = p.add_argument_group("policy").add_argument
     add("--init", default="runs/pretrain/last.pt", help="checkpoint to start from, or the word scratch")
     add("--head", choices=("reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
@@ -64,7 +67,7 @@ def arguments(argv):
     add("--chunk", type=int, help="n, actions per chunk (default and paper: 10; diffusion 16)")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1500, help="optimiser steps")
-    add("--batch-size", type=int, default=32, help="windows per step; release 256")
+    add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=5e-4, help="learning rate; release 1e-4")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
@@ -156,8 +159,7 @@ def main(argv=None):
     args = arguments(argv)
     rank, world, device = start_processes(args)
     out, origin = Path(args.out), provenance()
-    free = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
-    checkpoint = open_run(args, free)
+    checkpoint = open_run(args, FREE)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -173,6 +175,7 @@ def main(argv=None):
                          "sim makes some)")
     print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes; cameras "
           f"{', '.join(train.cameras)}")
+    check_agreed(args, FREE, data=train.fingerprint, step=checkpoint["step"] if checkpoint else 0)
 
     # ---- policy ----
     policy = make_policy(config if checkpoint else finetuning_config(args, config, train))
@@ -200,12 +203,11 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
-    check_agreed({**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
-                  "data": train.fingerprint})
     log = Log(out, start) if rank == 0 else lambda *_: None
 
     # ---- loop ----
-    # The batch and the noise of a step follow from (seed, step) alone: an exact resume needs nothing else.
+    # A step's batch follows from (seed, step), its noise from (seed, step, rank): an exact resume needs
+    # nothing else. Each process takes its own rows of the batch.
     batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)[rank::world]
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers,
@@ -216,7 +218,7 @@ def main(argv=None):
     policy_loss = parallel(policy.loss, args.compile)
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
         batch = to_device(batch, device)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -229,9 +231,9 @@ def main(argv=None):
         # (models.py): otherwise a policy from few demonstrations continues its own motion without looking.
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
                                   for c, x in batch["obs"]["images"].items()}
-
         valid = (~batch["is_pad"]).sum()
         share = valid / process_mean(valid)             # weight of this process, 1 if there are no others
+
         loss, logs = policy_loss(batch)                                               # (Eq. 6), (Eq. 7)
         loss = share * loss
         loss.backward()

@@ -1221,8 +1221,10 @@ def start_processes(args, rows=1):
     return rank, max(1, world), device
 
 
-def check_agreed(facts):
-    """Wait for all processes. InputError that names what they do not agree on."""
+def check_agreed(args, free, **more):
+    """Wait for all processes. InputError that names the flags, except those in `free`, and further facts in
+    which they differ."""
+    facts = {**{"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in free}, **more}
     everyone = [facts]
     if dist.is_initialized():
         everyone *= dist.get_world_size()

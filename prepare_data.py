@@ -15,6 +15,10 @@ A run may be killed at any time. The same command with --resume continues it and
 uninterrupted run, for any number of --workers. An item that cannot be used becomes a line of rejects.jsonl
 that gives the reason; above 5 % rejects the exit status is 2. tests/benchmark_data.py measures the speed.
 
+With --part K/N, N machines share a source: each makes every N-th shard. If they share the output folder, the
+last one completes the dataset. Otherwise copy their folders into one and run the command there once more,
+without --part: it makes what is missing, and the bytes are those that one machine would have made.
+
 Timeline of a window of n actions that starts at frame t, as EpisodeDataset returns it:
 
     frame      t      t+1    ...   t+n

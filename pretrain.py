@@ -8,6 +8,7 @@
     python pretrain.py --predict posterior --motion-weight 0 --latent-norm none  # the paper's plain objective
     python pretrain.py --policy diffusion        # or act; everything else stays the same
     python pretrain.py --latents zero            # a control: the world model learns, the policy does not
+    torchrun --nproc-per-node 8 pretrain.py --batch-size 256    # eight GPUs, each with 32 windows of a batch
 
 The policy sees the first frame and the instruction and emits n latent actions. The world model must predict
 the next n frames from that frame and those latent actions. One optimiser trains both. The script writes
@@ -37,6 +38,8 @@ from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputEr
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
 SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
+# Flags that may change when a run is resumed.
+FREE = {"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers", "every"}
 
 # --latents: what the world model is fed, as a function of the policy's latent actions z, and as a text that
 # says which metrics to compare with those of a run with --latents learned.
@@ -61,7 +64,7 @@ def arguments(argv):
     add("--views", choices=("main", "all"), default="main", help="cameras that both models see; paper main")
     add("--probe-data", default="data/robot", help="labelled data for the logged linear probe; none = off")
     add("--shift", type=int, default=3, help="random shift of whole clips, pixels; 0 = off, paper")
-    add("--workers", type=int, default=0, help="loader processes; 4 to 8 on a large machine")
+    add("--workers", type=int, default=0, help="loader processes per GPU; 4 to 8 on a large machine")
     add = p.add_argument_group("policy").add_argument
     add("--policy", choices=POLICIES, default="baku", help="architecture; paper baku and diffusion")
     add("--policy-size", default="tiny", help="tiny or paper")
@@ -85,7 +88,7 @@ def arguments(argv):
     add("--decode-steps", type=int, default=4, help="frames decoded per window, at random; 0 = all, paper")
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=800, help="optimiser steps")
-    add("--batch-size", type=int, default=32, help="windows per step; release 256")
+    add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=3e-4, help="learning rate of the policy; release 1e-4")
     add("--world-model-lr", type=float, default=1e-3, help="learning rate of the world model; release 1e-4")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
@@ -290,14 +293,14 @@ def main(argv=None):
     args = arguments(argv)
     rank, world, device = start_processes(args, rows=2 if args.latents == "shuffled" else 1)
     out, origin = Path(args.out), provenance()
-    free = {"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers", "every"}
-    checkpoint = open_run(args, free)
+    checkpoint = open_run(args, FREE)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     # ---- data ----
     train, held_out, probe = open_data(args)
+    check_agreed(args, FREE, data=train.fingerprint, step=checkpoint["step"] if checkpoint else 0)
     # Groups of four windows, mostly of one episode, so that latent actions can be permuted within it.
     anchors = np.random.default_rng(args.seed).integers(len(held_out), size=max(1, args.eval_windows // 4))
     rows = np.unique((anchors[:, None] + [0, 6, 12, 18]) % len(held_out))
@@ -324,8 +327,6 @@ def main(argv=None):
         start = checkpoint["step"]
         print(f"resuming     at step {start:,} of {args.steps:,}")
     check_gradients(modules.eval(), feed, few, args.latents)
-    check_agreed({**{k: v for k, v in vars(args).items() if k not in free}, "step": start,
-                  "data": train.fingerprint})
     log = Log(out, start) if rank == 0 else lambda *_: None
 
     @torch.no_grad()
@@ -342,7 +343,8 @@ def main(argv=None):
         modules.train()
 
     # ---- loop ----
-    # The batch and the noise of a step follow from (seed, step) alone: an exact resume needs nothing else.
+    # A step's batch follows from (seed, step), its noise from (seed, step, rank): an exact resume needs
+    # nothing else. Each process takes its own rows of the batch.
     batches = (train.draw(np.random.default_rng([args.seed, step]), args.batch_size)[rank::world]
                for step in range(start, args.steps))
     loader = DataLoader(train, batch_sampler=batches, num_workers=args.workers,
@@ -350,14 +352,14 @@ def main(argv=None):
     if start == 0 and rank == 0:
         report(0)
     modules.train()
-    policy.requires_grad_(args.latents in ("learned", "shuffled"))
+    policy.requires_grad_(args.latents in ("learned", "shuffled"))      # the others train no policy
     latent_actions = parallel(policy.latent_actions, args.compile)
     world_model_loss = parallel(world_model.loss, args.compile)
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
         batch = to_device(batch, device)
         # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few clips at this scale.
         batch["frames"] = random_shift(batch["frames"], args.shift)                   # (B, n+1, 3V, H, W)
@@ -365,7 +367,6 @@ def main(argv=None):
         for group in optimizer.param_groups:                                          # warm-up, cosine to 5 %
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.525 + 0.475 * math.cos(math.pi * step / args.steps)))
-
         valid = (~batch["is_pad"]).sum()
         share = valid / process_mean(valid)             # weight of this process, 1 if there are no others
 
