@@ -1,0 +1,182 @@
+"""CPU time of a training step, by parts, and peak memory: of this checkout, or of two in one run.
+
+    python tests/benchmark_training.py                              # every row: 10 minutes on one core  
+    python tests/benchmark_training.py --only "baku tiny" --rounds 1                       # a quick look
+    python tests/benchmark_training.py --other ../older_checkout    # measured in turn; twice as long
+    python tests/benchmark_training.py --flags="--shift 0" --other . --other-flags="--shift 4"
+
+Each measurement is a process that runs main() of pretrain.py or finetune.py with the default flags and those
+of ROWS, on random pictures instead of data, and stops after a few steps. It thus times the loop of the script
+with every setting that the script makes. The columns are CPU-seconds (user + system) per step: forward
+(augmentation and loss), backward, optimiser (clipping, AdamW, freeing gradients, moving average), their sum;
+then wall-clock seconds per step, CPU-seconds of act() for one observation, and the peak memory of the
+process. Every number is a median. Loading data, the first step, reports and logs are left out; a report of
+many windows can need more memory than a step.
+"""
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+PAPER = "--policy-size paper --world-model 50m --batch-size 8"
+PLAIN = "--predict posterior --motion-weight 0 --latent-norm none --decode-steps 0"
+ROWS = {}               # name -> script, pixels, cameras, flags; --flags adds to the flags of every row
+for name in ("baku", "diffusion", "act"):
+    scratch = f"--init scratch --policy {name}"
+    ROWS |= {f"pretrain {name} tiny": ("pretrain", 64, 1, f"--policy {name}"),
+             f"pretrain {name} paper": ("pretrain", 128, 1, f"--policy {name} {PAPER}"),
+             f"pretrain {name} paper plain": ("pretrain", 128, 1, f"--policy {name} {PAPER} {PLAIN}"),
+             f"finetune {name} tiny": ("finetune", 64, 2, scratch),
+             f"finetune {name} paper": ("finetune", 128, 2, f"{scratch} --policy-size paper")}
+COLUMNS = ("forward", "backward", "optimiser", "step", "wall", "act()", "GiB")
+
+
+class RandomData:
+    """Windows of random pictures, which depend on their index alone, with the interface of Mixture."""
+    action_dim, proprio_dim, num_episodes, fingerprint, attrs = 7, 8, 1, "random", {}
+    text_dim, text_encoder = 512, "hash"                    # read by f583a87 only
+
+    def __init__(self, chunk, pixels, cameras, instruction):
+        self.chunk, self.image_size, self.instruction = chunk, pixels, instruction
+        self.cameras = [f"camera_{i}" for i in range(cameras)]
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        rng, n, views = np.random.default_rng(index), self.chunk, len(self.cameras)
+        frames = rng.integers(0, 256, (n + 1, 3 * views, self.image_size, self.image_size), np.uint8)
+        return {"obs": {"images": dict(zip(self.cameras, np.split(frames[0], views))),
+                        "instruction": self.instruction,
+                        "proprio": rng.uniform(-1, 1, self.proprio_dim).astype(np.float32)},
+                "frames": frames, "actions": rng.uniform(-1, 1, (n, self.action_dim)).astype(np.float32),
+                "is_pad": np.zeros(n, bool), "episode": 0, "instruction_id": 0}
+
+    def draw(self, rng, count):
+        return rng.integers(len(self), size=count).tolist()
+
+    def limits(self, key):
+        ones = np.ones(self.action_dim if key == "actions" else self.proprio_dim, np.float32)
+        return {"min": -ones, "max": ones}
+
+    def describe(self):
+        return "data         random pictures"
+
+
+def measure(root, script, pixels, cameras, flags, steps):
+    """Run main() of a script for 1 + steps steps -> {column: list of numbers}. In a process of its own."""
+    sys.path.insert(0, root)
+    module = importlib.import_module(script)                # before torch: it may prepare the process
+    import torch
+    # f583a87: data hold the embedding of the instruction, not its words.
+    words = "a task" if hasattr(importlib.import_module("models"), "text_encoder") else np.ones(512, "f4")
+    clock, policies, collate = [], [], torch.utils.data.default_collate
+
+    def note():
+        clock.append((time.process_time(), time.perf_counter()))
+
+    def loader(windows, batch_size=None, batch_sampler=None, **_):
+        """Instead of DataLoader: in the loop, the same batch at every step."""
+        if batch_sampler is None:
+            yield from torch.utils.data.DataLoader(windows, batch_size)
+            return
+        batch = collate([windows[i] for i in next(iter(batch_sampler))])
+        for _ in range(1 + steps):
+            note()
+            yield batch
+        note()
+
+    def backward(loss, original=torch.Tensor.backward):
+        note()
+        original(loss)
+        note()
+
+    def make_policy(config, original=module.make_policy):
+        policies.append(original(config))
+        return policies[-1]
+
+    def data(chunk):
+        return RandomData(chunk, pixels, cameras, words)
+
+    module.DataLoader, module.make_policy, torch.Tensor.backward = loader, make_policy, backward
+    module.open_data = lambda args, *_: (data(args.chunk), data(args.chunk), None)      # of pretrain.py
+    module.Mixture = lambda paths, chunk, *_, **__: data(chunk)                         # of finetune.py
+    with tempfile.TemporaryDirectory() as out:
+        module.run(functools.partial(module.main, [*flags, "--out", f"{out}/run"]))
+    peak, acts = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, []
+    if script == "finetune":
+        obs, policy = collate([data(policies[0].chunk)[0]])["obs"], policies[0].eval()
+        for _ in range(11):
+            began = time.process_time()
+            policy.act(obs)
+            acts.append(time.process_time() - began)
+    cpu, wall = np.array(clock)[3:].T                       # without the first step
+    forward, backward, optimiser = np.diff(cpu).reshape(steps, 3).T.tolist()
+    return dict(zip(COLUMNS, (forward, backward, optimiser, np.diff(cpu[::3]).tolist(),
+                              np.diff(wall[::3]).tolist(), acts[1:], [peak])))
+
+
+def line(row, side, cells):
+    print(f"{row:27s} {side:6s}", *(f"{cells.get(c, '-'):>{18 if c == 'step' else 9}s}" for c in COLUMNS),
+          flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", default="", metavar="REGEX", help=f"rows to measure, of: {', '.join(ROWS)}")
+    p.add_argument("--rounds", type=int, default=3, help="processes per row (default %(default)s)")
+    p.add_argument("--steps", type=int, choices=range(1, 19), default=4, metavar="N",
+                   help="timed steps per process, 1 to 18: the scripts log in step 20 (default %(default)s)")
+    p.add_argument("--threads", default="1", help="CPU threads (default %(default)s)")
+    p.add_argument("--flags", default="", help="more flags of the scripts")
+    p.add_argument("--other", metavar="CHECKOUT", help="a second checkout, measured in turn with this one")
+    p.add_argument("--other-flags", default="", help="more flags of the scripts of --other")
+    args = p.parse_args()
+    sides = {"this": (Path(__file__).parent.parent, args.flags), "other": (args.other, args.other_flags)}
+    sides = {side: (str(Path(root).resolve()), flags) for side, (root, flags) in sides.items() if root}
+    for side, (root, flags) in sides.items():
+        version = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty=+"],
+                                 capture_output=True, text=True).stdout.strip()
+        print(f"{side:6s} {version or root} {flags}")
+    line("\nCPU-seconds per step", "", dict(zip(COLUMNS, COLUMNS)))
+    for row, (script, pixels, cameras, flags) in ROWS.items():
+        if not re.search(args.only, row):
+            continue
+        results, medians = {side: {c: [] for c in COLUMNS} for side in sides}, {}
+        for side in list(sides) * args.rounds:
+            root, more = sides[side]
+            more = f"--threads {args.threads} {more}" + " --probe-data none --eval-windows 4" * (
+                script == "pretrain")
+            job = dict(root=root, script=script, pixels=pixels, cameras=cameras, steps=args.steps,
+                       flags=f"{flags} {more}".split())
+            process = subprocess.run([sys.executable, __file__, "measure", json.dumps(job)], text=True,
+                                     stdout=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
+            if process.returncode:
+                sys.exit(f"{row}: {script}.py of {root} failed with {flags} {more}")
+            for column, numbers in json.loads(process.stdout.splitlines()[-1]).items():
+                results[side][column] += numbers
+        for side, columns in results.items():
+            medians[side] = {c: statistics.median(numbers) for c, numbers in columns.items() if numbers}
+            cells = {c: f"{median:.3f}" for c, median in medians[side].items()}
+            cells["step"] += f" ({min(columns['step']):.2f}-{max(columns['step']):.2f})"
+            line(row, side, cells)
+        if args.other:
+            line("", "ratio", {c: f"{medians['other'][c] / m:.2f}" for c, m in medians["this"].items()})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(**json.loads(sys.argv[2]))))
+    else:
+        main()
