@@ -1,17 +1,16 @@
 """CPU time of a training step, by parts, and peak memory: of this checkout, or of two in one run.
 
-    python tests/benchmark_training.py                              # every row: 10 minutes on one core  
+    python tests/benchmark_training.py                              # every row: 15 minutes on one core
     python tests/benchmark_training.py --only "baku tiny" --rounds 1                       # a quick look
     python tests/benchmark_training.py --other ../older_checkout    # measured in turn; twice as long
     python tests/benchmark_training.py --flags="--shift 0" --other . --other-flags="--shift 4"
 
 Each measurement is a process that runs main() of pretrain.py or finetune.py with the default flags and those
 of ROWS, on random pictures instead of data, and stops after a few steps. It thus times the loop of the script
-with every setting that the script makes. The columns are CPU-seconds (user + system) per step: forward
-(augmentation and loss), backward, optimiser (clipping, AdamW, freeing gradients, moving average), their sum;
-then wall-clock seconds per step, CPU-seconds of act() for one observation, and the peak memory of the
-process. Every number is a median. Loading data, the first step, reports and logs are left out; a report of
-many windows can need more memory than a step.
+with every setting that the script makes. Columns: CPU-seconds (user + system) per step in forward
+(augmentation and loss), backward and optimiser (clipping, AdamW, freeing gradients, moving average), and
+their sum with its range; wall-clock seconds per step; CPU-seconds of act() for one observation; peak memory.
+All are medians. Loading data, the first step, logs and reports, which can need more memory, are left out.
 """
 import argparse
 import functools
@@ -29,12 +28,13 @@ from pathlib import Path
 
 import numpy as np
 
-PAPER = "--policy-size paper --world-model 50m --batch-size 8"
+TINY = "--probe-data none --eval-windows 4"               # the report before the first step is not timed
+PAPER = f"{TINY} --policy-size paper --world-model 50m --batch-size 8"
 PLAIN = "--predict posterior --motion-weight 0 --latent-norm none --decode-steps 0"
 ROWS = {}               # name -> script, pixels, cameras, flags; --flags adds to the flags of every row
 for name in ("baku", "diffusion", "act"):
     scratch = f"--init scratch --policy {name}"
-    ROWS |= {f"pretrain {name} tiny": ("pretrain", 64, 1, f"--policy {name}"),
+    ROWS |= {f"pretrain {name} tiny": ("pretrain", 64, 1, f"--policy {name} {TINY}"),
              f"pretrain {name} paper": ("pretrain", 128, 1, f"--policy {name} {PAPER}"),
              f"pretrain {name} paper plain": ("pretrain", 128, 1, f"--policy {name} {PAPER} {PLAIN}"),
              f"finetune {name} tiny": ("finetune", 64, 2, scratch),
@@ -64,14 +64,14 @@ class RandomData:
                 "is_pad": np.zeros(n, bool), "episode": 0, "instruction_id": 0}
 
     def draw(self, rng, count):
-        return rng.integers(len(self), size=count).tolist()
+        return range(count)
 
     def limits(self, key):
-        ones = np.ones(self.action_dim if key == "actions" else self.proprio_dim, np.float32)
-        return {"min": -ones, "max": ones}
+        size = self.action_dim if key == "actions" else self.proprio_dim
+        return {"min": -np.ones(size, np.float32), "max": np.ones(size, np.float32)}
 
     def describe(self):
-        return "data         random pictures"
+        return ""
 
 
 def measure(root, script, pixels, cameras, flags, steps):
@@ -86,12 +86,10 @@ def measure(root, script, pixels, cameras, flags, steps):
     def note():
         clock.append((time.process_time(), time.perf_counter()))
 
-    def loader(windows, batch_size=None, batch_sampler=None, **_):
-        """Instead of DataLoader: in the loop, the same batch at every step."""
-        if batch_sampler is None:
-            yield from torch.utils.data.DataLoader(windows, batch_size)
-            return
-        batch = collate([windows[i] for i in next(iter(batch_sampler))])
+    def loader(windows, batch_sampler=None, **_):           # instead of DataLoader: always the same batch
+        rows = next(iter(batch_sampler)) if batch_sampler else range(len(windows))
+        batch = collate([windows[i] for i in rows])
+        clock.clear()
         for _ in range(1 + steps):
             note()
             yield batch
@@ -128,7 +126,7 @@ def measure(root, script, pixels, cameras, flags, steps):
 
 
 def line(row, side, cells):
-    print(f"{row:27s} {side:6s}", *(f"{cells.get(c, '-'):>{18 if c == 'step' else 9}s}" for c in COLUMNS),
+    print(f"{row:30s} {side:5s}", *(f"{cells.get(c, '-'):>{18 if c == 'step' else 9}s}" for c in COLUMNS),
           flush=True)
 
 
@@ -156,14 +154,13 @@ def main():
         results, medians = {side: {c: [] for c in COLUMNS} for side in sides}, {}
         for side in list(sides) * args.rounds:
             root, more = sides[side]
-            more = f"--threads {args.threads} {more}" + " --probe-data none --eval-windows 4" * (
-                script == "pretrain")
-            job = dict(root=root, script=script, pixels=pixels, cameras=cameras, steps=args.steps,
-                       flags=f"{flags} {more}".split())
+            more = f"{flags} --threads {args.threads} {more}"
+            job = dict(root=root, script=script, pixels=pixels, cameras=cameras, flags=more.split(),
+                       steps=args.steps)
             process = subprocess.run([sys.executable, __file__, "measure", json.dumps(job)], text=True,
                                      stdout=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
             if process.returncode:
-                sys.exit(f"{row}: {script}.py of {root} failed with {flags} {more}")
+                sys.exit(f"{row}: {script}.py of {root} failed with {more}")
             for column, numbers in json.loads(process.stdout.splitlines()[-1]).items():
                 results[side][column] += numbers
         for side, columns in results.items():
