@@ -144,10 +144,13 @@ def main():
     sides = {"this": (Path(__file__).parent.parent, args.flags), "other": (args.other, args.other_flags)}
     sides = {side: (str(Path(root).resolve()), flags) for side, (root, flags) in sides.items() if root}
     for side, (root, flags) in sides.items():
-        version = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty=+"],
-                                 capture_output=True, text=True).stdout.strip()
-        print(f"{side:6s} {version or root} {flags}")
-    line("\nCPU-seconds per step", "", dict(zip(COLUMNS, COLUMNS)))
+        if not Path(root, "pretrain.py").exists():
+            p.error(f"--other {args.other} is no checkout of this repository: it has no pretrain.py")
+        version = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty=+"], text=True,
+                                 capture_output=True).stdout.strip()
+        print(f"{side:5s} {version or root} {flags}")
+    print()
+    line("CPU-seconds per step", "", dict(zip(COLUMNS, COLUMNS)))
     for row, (script, pixels, cameras, flags) in ROWS.items():
         if not re.search(args.only, row):
             continue
@@ -160,7 +163,7 @@ def main():
             process = subprocess.run([sys.executable, __file__, "measure", json.dumps(job)], text=True,
                                      stdout=subprocess.PIPE, env={**os.environ, "TQDM_DISABLE": "1"})
             if process.returncode:
-                sys.exit(f"{row}: {script}.py of {root} failed with {more}")
+                sys.exit(f"{row}: {script}.py of {root} failed with the flags {more}")
             for column, numbers in json.loads(process.stdout.splitlines()[-1]).items():
                 results[side][column] += numbers
         for side, columns in results.items():
