@@ -22,15 +22,17 @@ import math
 import time
 from pathlib import Path
 
+# First: models.py makes settings before torch starts.
+from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
+                    colour_jitter, count, for_training, init_from_pretrained, load_checkpoint, make_policy,
+                    open_run, policy_numbers, process_mean, provenance, random_shift, run, save_checkpoint,
+                    start_processes, to_device, to_numbers)
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
-                    colour_jitter, count, init_from_pretrained, load_checkpoint, make_policy, open_run,
-                    parallel, policy_numbers, process_mean, provenance, random_shift, run, save_checkpoint,
-                    start_processes, to_device, to_numbers)
 from prepare_data import Mixture
 
 SMOKE = dict(steps=6, batch_size=8, every=6)
@@ -80,7 +82,9 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="compute in bfloat16 where its "
+        "precision is enough; release no (default: on GPUs that have it)")
+    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core, or 1 with --bf16")
     add("--every", type=int, default=500, help="steps between checkpoints, each with a validation; training "
         "metrics are logged ten times as often")
     if p.parse_known_args(argv)[0].smoke:
@@ -160,8 +164,6 @@ def main(argv=None):
     rank, world, device = start_processes(args)
     out, origin = Path(args.out), provenance()
     checkpoint = open_run(args, FREE)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     # ---- data ----
@@ -215,7 +217,7 @@ def main(argv=None):
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     policy.train()
-    policy_loss = parallel(policy.loss, args.compile)
+    policy_loss = for_training(policy.loss, args)
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
@@ -226,7 +228,7 @@ def main(argv=None):
         if args.freeze_steps and step in (start, args.freeze_steps):
             for name, parameter in policy.named_parameters():
                 parameter.requires_grad_(step >= args.freeze_steps or name in new)
-            policy_loss = parallel(policy.loss, args.compile)
+            policy_loss = for_training(policy.loss, args)
         # DEVIATION: each image is shifted on its own, and proprioception is hidden in a share of the samples
         # (models.py): otherwise a policy from few demonstrations continues its own motion without looking.
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)

@@ -24,17 +24,19 @@ import math
 import time
 from pathlib import Path
 
+# First: models.py makes settings before torch starts.
+from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
+                    Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
+                    count, for_training, make_policy, masked_mean, open_run, policy_numbers, process_mean,
+                    provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint, shuffled_within,
+                    start_processes, targets, to_device, to_numbers, write_atomically)
+
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 from tqdm import tqdm
 
-from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
-                    Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
-                    count, make_policy, masked_mean, open_run, parallel, policy_numbers, process_mean,
-                    provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint, shuffled_within,
-                    start_processes, targets, to_device, to_numbers, write_atomically)
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
 SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
@@ -102,7 +104,9 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="seed of everything random")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core; on a busy machine 1 is faster")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="compute in bfloat16 where its "
+        "precision is enough; release no (default: on GPUs that have it)")
+    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core, or 1 with --bf16")
     add("--every", type=int, default=200, help="steps between checkpoints, each with a report; training "
         "metrics are logged ten times as often")
     add("--eval-windows", type=int, default=128, help="held-out windows of the report")
@@ -169,7 +173,7 @@ def make_feed(args, train, modules):
     They are the policy's latent actions z and 0, unless --latents or --latent-source asks for an ablation.
     """
     if "inverse" in modules:
-        see = parallel(modules["inverse"].forward, args.compile)
+        see = for_training(modules["inverse"].forward, args)
 
         def feed(z, batch):             # the policy does not see the future, so it learns the mean
             seen = see(batch["frames"])
@@ -294,8 +298,6 @@ def main(argv=None):
     rank, world, device = start_processes(args, rows=2 if args.latents == "shuffled" else 1)
     out, origin = Path(args.out), provenance()
     checkpoint = open_run(args, FREE)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     # ---- data ----
@@ -353,8 +355,8 @@ def main(argv=None):
         report(0)
     modules.train()
     policy.requires_grad_(args.latents in ("learned", "shuffled"))      # the others train no policy
-    latent_actions = parallel(policy.latent_actions, args.compile)
-    world_model_loss = parallel(world_model.loss, args.compile)
+    latent_actions = for_training(policy.latent_actions, args)
+    world_model_loss = for_training(world_model.loss, args)
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     for step, batch in enumerate(loader, start):

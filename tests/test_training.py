@@ -179,7 +179,8 @@ def test_what_the_world_model_is_fed_with_each_flag():
         torch.testing.assert_close(actions, wanted)
         assert extra == 0 and actions.requires_grad == (kind in ("learned", "shuffled")), kind
     inverse = models.InverseDynamics(dict(size="tiny", image_size=16, action_dim=7, views=1))
-    actions, distilled = pretrain.make_feed(Namespace(compile=False), train, {"inverse": inverse})(z, batch)
+    args = Namespace(compile=False, bf16=False)
+    actions, distilled = pretrain.make_feed(args, train, {"inverse": inverse})(z, batch)
     torch.testing.assert_close(distilled, ((z - actions) ** 2).mean())
     distilled.backward()
     assert z.grad.any() and all(p.grad is None for p in inverse.parameters()), "the policy follows, alone"
