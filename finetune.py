@@ -24,7 +24,7 @@ from pathlib import Path
 
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
-                    colour_jitter, count, for_training, init_from_pretrained, load_checkpoint, make_policy,
+                    colour_jitter, describe_size, for_training, init_from_pretrained, load_checkpoint, make_policy,
                     open_run, policy_numbers, process_mean, provenance, random_shift, run, save_checkpoint,
                     start_processes, to_device, to_numbers)
 
@@ -181,7 +181,7 @@ def main(argv=None):
 
     # ---- policy ----
     policy = make_policy(config if checkpoint else finetuning_config(args, config, train))
-    print(f"policy       {policy.config['policy']}, {count(policy):,} parameters, chunk {policy.chunk}, from "
+    print(f"policy       {policy.config['policy']}, chunk {policy.chunk}, {describe_size(policy)}, from "
           f"{args.init}")
     new = checkpoint["new"] if checkpoint else []
     if pretrained:

@@ -27,7 +27,7 @@ from pathlib import Path
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
                     Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
-                    count, for_training, make_policy, masked_mean, open_run, policy_numbers, process_mean,
+                    describe_size, for_training, make_policy, masked_mean, open_run, policy_numbers, process_mean,
                     provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint, shuffled_within,
                     start_processes, targets, to_device, to_numbers, write_atomically)
 
@@ -318,8 +318,9 @@ def main(argv=None):
         {"params": module.parameters(), "peak": args.lr if name == "policy" else args.world_model_lr}
         for name, module in modules.items()], betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     print(f"{train.describe()}\n{'':12s} and {held_out.num_episodes:,} held-out episodes\n"
-          f"policy       {args.policy}, {count(policy):,} parameters, chunk {args.chunk}\n"
-          f"world model  {count(world_model):,} parameters, and is fed {CONTROLS[args.latents][1]}")
+          f"policy       {args.policy}, chunk {args.chunk}, {describe_size(policy)}\n"
+          f"world model  {args.world_model}, {describe_size(world_model)}\n"
+          f"{'':12s} is fed {CONTROLS[args.latents][1]}")
     start = 0
     if checkpoint:
         check_same(out / "last.pt", {"data": checkpoint["fingerprint"]}, {"data": train.fingerprint})

@@ -9,8 +9,9 @@ Each measurement is a process that runs main() of pretrain.py or finetune.py wit
 of ROWS, on random pictures instead of data, and stops after a few steps. It thus times the loop of the script
 with every setting that the script makes. Columns: CPU-seconds (user + system) per step in forward
 (augmentation and loss), backward and optimiser (clipping, AdamW, freeing gradients, moving average), and
-their sum with its range; wall-clock seconds per step; CPU-seconds of act() for one observation; peak memory.
-All are medians. Loading data, the first step, logs and reports, which can need more memory, are left out.
+their sum with its range; wall-clock seconds per step; CPU-seconds of act() for one observation; peak memory;
+10^9 floating-point operations of the matrix products and convolutions of a step. All are medians. Loading
+data, the first steps, logs and reports, which can need more memory, are left out.
 """
 import argparse
 import functools
@@ -39,7 +40,7 @@ for name in ("baku", "diffusion", "act"):
              f"pretrain {name} paper plain": ("pretrain", 128, 1, f"--policy {name} {PAPER} {PLAIN}"),
              f"finetune {name} tiny": ("finetune", 64, 2, scratch),
              f"finetune {name} paper": ("finetune", 128, 2, f"{scratch} --policy-size paper")}
-COLUMNS = ("forward", "backward", "optimiser", "step", "wall", "act()", "GiB")
+COLUMNS = ("forward", "backward", "optimiser", "step", "wall", "act()", "GiB", "GFLOP")
 
 
 class RandomData:
@@ -75,13 +76,14 @@ class RandomData:
 
 
 def measure(root, script, pixels, cameras, flags, steps):
-    """Run main() of a script for 1 + steps steps -> {column: list of numbers}. In a process of its own."""
+    """Run main() of a script for 2 + steps steps -> {column: list of numbers}. In a process of its own."""
     sys.path.insert(0, root)
     module = importlib.import_module(script)                # before torch: it may prepare the process
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
     # f583a87: data hold the embedding of the instruction, not its words.
     words = "a task" if hasattr(importlib.import_module("models"), "text_encoder") else np.ones(512, "f4")
-    clock, policies, collate = [], [], torch.utils.data.default_collate
+    clock, gflop, policies, collate = [], [], [], torch.utils.data.default_collate
 
     def note():
         clock.append((time.process_time(), time.perf_counter()))
@@ -89,6 +91,14 @@ def measure(root, script, pixels, cameras, flags, steps):
     def loader(windows, batch_sampler=None, **_):           # instead of DataLoader: always the same batch
         rows = next(iter(batch_sampler)) if batch_sampler else range(len(windows))
         batch = collate([windows[i] for i in rows])
+        if batch_sampler is None:                           # of a report
+            return [batch]
+        return timed(batch)
+
+    def timed(batch):
+        with FlopCounterMode(display=False) as flops:
+            yield batch
+        gflop.append(flops.get_total_flops() / 1e9)
         clock.clear()
         for _ in range(1 + steps):
             note()
@@ -122,7 +132,7 @@ def measure(root, script, pixels, cameras, flags, steps):
     cpu, wall = np.array(clock)[3:].T                       # without the first step
     forward, backward, optimiser = np.diff(cpu).reshape(steps, 3).T.tolist()
     return dict(zip(COLUMNS, (forward, backward, optimiser, np.diff(cpu[::3]).tolist(),
-                              np.diff(wall[::3]).tolist(), acts[1:], [peak])))
+                              np.diff(wall[::3]).tolist(), acts[1:], [peak], gflop)))
 
 
 def line(row, side, cells):
@@ -134,8 +144,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", metavar="REGEX", help=f"rows to measure, of: {', '.join(ROWS)}")
     p.add_argument("--rounds", type=int, default=3, help="processes per row (default %(default)s)")
-    p.add_argument("--steps", type=int, choices=range(1, 19), default=4, metavar="N",
-                   help="timed steps per process, 1 to 18: the scripts log in step 20 (default %(default)s)")
+    p.add_argument("--steps", type=int, choices=range(1, 18), default=4, metavar="N",
+                   help="timed steps per process, 1 to 17: the scripts log in step 20 (default %(default)s)")
     p.add_argument("--threads", default="1", help="CPU threads (default %(default)s)")
     p.add_argument("--flags", default="", help="more flags of the scripts")
     p.add_argument("--other", metavar="CHECKOUT", help="a second checkout, measured in turn with this one")
