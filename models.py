@@ -446,7 +446,7 @@ class Policy(nn.Module):
         DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
         tanh alone they collapse to a constant or saturate in models of this size.
         """
-        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
+        return torch.tanh(self.latent_norm(z.flatten(1).float())).view_as(z)
 
     def to_actions(self, features, noise=None):
         """Features, noise (B, n, A) for policies that sample -> normalised actions (B, n, A)."""
@@ -1209,8 +1209,8 @@ def start_processes(args, rows=1):
     """
     launched = dist.is_torchelastic_launched()
     rank, world = (int(os.environ[key]) if launched else 0 for key in ("RANK", "WORLD_SIZE"))
-    own_gpu = launched and args.device == "cuda"
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own_gpu else args.device)
+    own_gpu = f":{os.environ['LOCAL_RANK']}" if launched and args.device == "cuda" else ""
+    device = pick_device(args.device + own_gpu)
     if args.compile and device.type == "cpu":
         raise InputError("--compile is for GPUs: on a CPU it takes minutes and gains nothing, leave it out")
     if launched and args.batch_size % (rows * world):
@@ -1224,7 +1224,7 @@ def start_processes(args, rows=1):
     # a step then took 6 s instead of 0.3 s.
     if args.threads or (args.bf16 and device.type == "cpu"):
         torch.set_num_threads(args.threads or 1)
-    if world > 1:           # the timeout: while rank 0 writes a report, the others wait for it in a step
+    if world > 1:           # an hour, because all others wait while rank 0 writes a report
         dist.init_process_group(timeout=datetime.timedelta(hours=1))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
     return rank, max(1, world), device
@@ -1258,7 +1258,7 @@ def for_training(method, args):
     backward() averages the gradients over all processes. In eval mode it is the method itself."""
     module, call = method.__self__, torch.compile(method) if args.compile else method
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
-        holder = nn.Module()            # DistributedDataParallel calls forward()
+        holder = nn.Module()            # the engine calls forward()
         holder.module, holder.forward = module, call
         call = DistributedDataParallel(holder, broadcast_buffers=False)
 
