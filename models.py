@@ -1312,7 +1312,7 @@ def run(main):
             raise
         message, status = "another process of this run has ended: see its error, continue with --resume", 1
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
-        time.sleep(2)       # if rank 0 says the same, torchrun ends this process before it repeats it
+        time.sleep(5)       # if rank 0 says the same, torchrun ends this process before it repeats it
     for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
         bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
