@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,8 +61,8 @@ def process(runs):
             SCRIPTS[script].main([*(NOISY if noise else without_noise(patch)[script]), *flags])
         weights = b"".join(p.detach().numpy().tobytes() for group in Optimizer.latest.param_groups
                            for p in group["params"])
-        print("\nSTATE", os.environ["RANK"], hashlib.sha256(weights).hexdigest(),
-              Optimizer.latest.seed, file=sys.stderr)
+        digest = hashlib.sha256(weights).hexdigest()    # one write, which no other process can split
+        sys.stderr.write(f"STATE {os.environ['RANK']} {digest} {Optimizer.latest.seed} END\n")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_two_processes_train_as_one_does_with_the_same_batches(data, two, tmp_pa
 
 
 def test_both_processes_hold_the_same_weights_draw_other_noise_and_the_first_alone_prints(two):
-    states = [line.split()[1:] for line in two[1].splitlines() if line.startswith("STATE")]
+    states = re.findall(r"STATE (\d) (\w+) (\d+) END", two[1])
     first, second = ([state[1:] for state in states if state[0] == rank] for rank in "01")
     assert len(first) == len(second) == 3
     for (weights, seed), (weights_too, other_seed) in zip(first, second):
