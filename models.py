@@ -446,7 +446,7 @@ class Policy(nn.Module):
         DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
         tanh alone they collapse to a constant or saturate in models of this size.
         """
-        return torch.tanh(self.latent_norm(z.flatten(1).float())).view_as(z)
+        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
 
     def to_actions(self, features, noise=None):
         """Features, noise (B, n, A) for policies that sample -> normalised actions (B, n, A)."""
@@ -1271,10 +1271,12 @@ def for_training(method, args):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d over the rows of all processes: (B, C) -> (B, C). nn.SyncBatchNorm has no CPU form."""
+    """nn.BatchNorm1d over the rows of all processes, in float32: (B, C) -> (B, C). nn.SyncBatchNorm has no CPU
+    form."""
 
     @torch.compiler.disable
     def forward(self, x):
+        x = x.float()
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         rank, world = dist.get_rank(), dist.get_world_size()
