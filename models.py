@@ -194,9 +194,11 @@ def random_shift(images, pixels):
     if not pixels:
         return images
     h, w = images.shape[-2:]
-    padded = F.pad(images.flatten(1, -3), (pixels,) * 4, mode="replicate").unflatten(1, images.shape[1:-2])
-    ys, xs = torch.randint(2 * pixels + 1, (2, len(images))).tolist()
-    return torch.stack([image[..., y:y + h, x:x + w] for image, y, x in zip(padded, ys, xs)])
+    # Repeat the edges. F.pad cannot do so with bytes on a GPU.
+    x = torch.cat([images[..., :1, :]] * pixels + [images] + [images[..., -1:, :]] * pixels, -2)
+    x = torch.cat([x[..., :1]] * pixels + [x] + [x[..., -1:]] * pixels, -1)
+    tops, lefts = torch.randint(2 * pixels + 1, (2, len(images))).tolist()
+    return torch.stack([image[..., y:y + h, x:x + w] for image, y, x in zip(x, tops, lefts)])
 
 
 def colour_jitter(images, strength):

@@ -59,6 +59,24 @@ def test_the_four_lines_stand_together_without_a_branch_and_main_fits_two_screen
         assert len(inspect.getsource(script.main).splitlines()) < 110
 
 
+def test_models_makes_its_settings_before_torch_starts():
+    for script in (pretrain, finetune):
+        imports = re.findall(r"^(?:from|import) (\w+)", inspect.getsource(script), re.M)
+        assert imports.index("models") < min(imports.index(name) for name in ("torch", "numpy", "tqdm"))
+    assert "passive" in inspect.getsource(models).split("import torch")[0]
+
+
+@pytest.mark.parametrize("train", ("pre", "fine"))
+def test_bfloat16_changes_a_run_by_its_rounding_and_no_weight(data, tmp_path, train):
+    run, flags = {"pre": (pre, []), "fine": (fine, ["--init", "scratch"])}[train]
+    for kind in ("--bf16", "--no-bf16"):
+        weights = run(data, tmp_path / kind, kind, "--every", "1", *flags)["policy"]
+        assert all(weight.dtype != torch.bfloat16 for weight in weights.values())
+    coarse, exact = ([line["loss"] for line in metrics(tmp_path / kind) if "loss" in line]
+                     for kind in ("--bf16", "--no-bf16"))
+    assert coarse != exact and coarse == pytest.approx(exact, rel=0.01)
+
+
 # ---- exact resume ----
 
 def test_pretraining_killed_and_resumed_equals_an_uninterrupted_run_to_the_bit(data, pretrained, tmp_path):
