@@ -1,6 +1,6 @@
 """CPU time of a training step, by parts, and peak memory: of this checkout, or of two in one run.
 
-    python tests/benchmark_training.py                              # every row: 15 minutes on one core
+    python tests/benchmark_training.py                              # every row: 10 minutes on one core
     python tests/benchmark_training.py --only "baku tiny" --rounds 1                       # a quick look
     python tests/benchmark_training.py --other ../older_checkout    # measured in turn; twice as long
     python tests/benchmark_training.py --flags="--shift 0" --other . --other-flags="--shift 4"
