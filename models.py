@@ -783,7 +783,8 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(blocks, c_out))
 
     def forward(self, x):
-        return torch.einsum("bgi,gio->bgo", x, self.weight) + self.bias
+        # Not einsum: autocast would convert its weight anew in every call.
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1) + self.bias
 
 
 class RMSNorm(nn.RMSNorm):
