@@ -24,9 +24,9 @@ from pathlib import Path
 
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
-                    colour_jitter, describe_size, for_training, init_from_pretrained, load_checkpoint, make_policy,
-                    open_run, policy_numbers, process_mean, provenance, random_shift, run, save_checkpoint,
-                    start_processes, to_device, to_numbers)
+                    colour_jitter, describe_size, for_training, init_from_pretrained, load_checkpoint,
+                    make_policy, open_run, policy_numbers, process_mean, provenance, random_shift, run,
+                    save_checkpoint, start_processes, to_device, to_numbers)
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from prepare_data import Mixture
 
-SMOKE = dict(steps=6, batch_size=8, every=6)
+SMOKE = dict(steps=6, batch_size=8, every=6, workers=0)
 # Flags that may change when a run is resumed.
 FREE = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
 
@@ -52,7 +52,7 @@ def arguments(argv):
     add("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each image are "
         "multiplied by up to 1 +- this; 0 = off; release 0.3 on LIBERO")
-    add("--workers", type=int, default=0, help="loader processes per GPU; 4 to 8 on a large machine")
+    add("--workers", type=int, default=1, help="loader processes; 0 = none; on a GPU 8, for each GPU")
     add = p.add_argument_group("policy").add_argument
     add("--init", default="runs/pretrain/last.pt", help="checkpoint to start from, or the word scratch")
     add("--head", choices=("reinit", "add"), default="reinit", help="a new last layer, or a new layer after "

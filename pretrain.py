@@ -27,9 +27,9 @@ from pathlib import Path
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
                     Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
-                    describe_size, for_training, make_policy, masked_mean, open_run, policy_numbers, process_mean,
-                    provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint, shuffled_within,
-                    start_processes, targets, to_device, to_numbers, write_atomically)
+                    describe_size, for_training, make_policy, masked_mean, open_run, policy_numbers,
+                    process_mean, provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint,
+                    shuffled_within, start_processes, targets, to_device, to_numbers, write_atomically)
 
 import cv2
 import numpy as np
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from prepare_data import EpisodeDataset, Mixture, read_manifest
 
-SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16)
+SMOKE = dict(steps=6, batch_size=8, every=6, eval_windows=16, workers=0)
 # Flags that may change when a run is resumed.
 FREE = {"resume", "overwrite", "smoke", "out", "data", "probe_data", "workers", "every"}
 
@@ -66,7 +66,7 @@ def arguments(argv):
     add("--views", choices=("main", "all"), default="main", help="cameras that both models see; paper main")
     add("--probe-data", default="data/robot", help="labelled data for the logged linear probe; none = off")
     add("--shift", type=int, default=3, help="random shift of whole clips, pixels; 0 = off, paper")
-    add("--workers", type=int, default=0, help="loader processes per GPU; 4 to 8 on a large machine")
+    add("--workers", type=int, default=1, help="loader processes; 0 = none; on a GPU 8, for each GPU")
     add = p.add_argument_group("policy").add_argument
     add("--policy", choices=POLICIES, default="baku", help="architecture; paper baku and diffusion")
     add("--policy-size", default="tiny", help="tiny or paper")
