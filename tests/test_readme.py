@@ -27,17 +27,17 @@ PARSERS = {"prepare_data.py": lambda argv: prepare_data.build_parser("--smoke" i
 
 
 def commands(text):
-    """Every `python script.py ...` in a text, as lists of words."""
+    """Every `python script.py ...` and `torchrun ... script.py ...` in a text, as lists of words."""
     for line in text.replace("\\\n", " ").replace("$P", "baku").splitlines():
         for part in re.split(r"&&|\|\|", line.split("#")[0]):
-            words = shlex.split(part.replace("`", " ")) if "python " in part else []
-            if ("python" in words and words[-1] != "python"
-                    and words[words.index("python") + 1].endswith(".py")):
-                yield words[words.index("python") + 1:]
+            words = shlex.split(part.replace("`", " ")) if re.search("python |torchrun ", part) else []
+            scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+            if scripts:
+                yield words[scripts[0]:]
 
 
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-DOCSTRINGS = "\n".join(re.findall(r"^    python .*", "\n".join(
+DOCSTRINGS = "\n".join(re.findall(r"^    (?:python|torchrun) .*", "\n".join(
     ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS), re.M))
 
 
