@@ -448,13 +448,15 @@ class Policy(nn.Module):
         DEVIATION: latents are standardised over the batch before the tanh (config["latent_norm"]). With the
         tanh alone they collapse to a constant or saturate in models of this size.
         """
-        return torch.tanh(self.latent_norm(z.flatten(1))).view_as(z)
+        return torch.tanh(self.latent_norm(z.flatten(1)).float()).view_as(z)
 
     def to_actions(self, features, noise=None):
         """Features, noise (B, n, A) for policies that sample -> normalised actions (B, n, A)."""
         if self.head == "add":
             features = self.to_latents(features).flatten(2 if self.PER_STEP else 1)
-        return self.bound(self.action_out(features)).view(-1, self.chunk, self.config["action_dim"])
+        # In float32: in bfloat16 tanh(3.5) is 1, without a gradient.
+        actions = self.bound(self.action_out(features).float())
+        return actions.view(-1, self.chunk, self.config["action_dim"])
 
     def bound(self, actions):
         return torch.tanh(actions)
@@ -559,7 +561,7 @@ class ACT(Policy):
         seen = torch.cat([torch.ones_like(is_pad[:, :2]), ~is_pad], 1)
         for block in self.style_encoder:
             tokens = block(tokens, seen)
-        return self.style_out(tokens[:, 0]).chunk(2, -1)
+        return self.style_out(tokens[:, 0]).float().chunk(2, -1)      # exp(x) - 1 - x needs float32
 
     def bound(self, actions):
         """No tanh, as in the original: L1 on a gripper that is mostly closed saturates a tanh, its gradient

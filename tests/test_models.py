@@ -400,6 +400,27 @@ def test_the_loss_and_its_gradients_equal_those_of_the_plain_formulation(monkeyp
     assert torch.cosine_similarity(coarse, expected, 0) > 0.99
 
 
+@pytest.mark.parametrize("head", ("latent", "action"))
+def test_saturated_outputs_keep_their_gradient_in_bfloat16(head):
+    policy, batch = new(head, latent_norm=False), demonstrations()
+    layer = policy.latent_out if head == "latent" else policy.action_out
+    torch.nn.init.constant_(layer.bias, 4.0)                                          # tanh(4) = 0.9993
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = policy.latent_actions(batch["obs"]).sum() if head == "latent" else policy.loss(batch)[0]
+    loss.backward()
+    assert layer.bias.grad.all()
+
+
+def test_the_kl_of_a_style_near_its_prior_is_not_lost_in_bfloat16():
+    policy, batch = new("action", policy="act"), demonstrations()
+    policy.style_out.weight.data *= 0.01
+    policy.style_out.bias.data.zero_()
+    exact = policy.loss(batch)[1]["style_kl"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = policy.loss(batch)[1]["style_kl"]
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0)
+
+
 def test_states_do_not_see_the_future_and_padded_steps_do_not_count():
     model, actions, images, is_pad = world("both"), torch.randn(B, N, Z), video(), NO_PAD.clone()
     changed, later = images.clone(), actions.clone()
