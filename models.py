@@ -1010,10 +1010,9 @@ class WorldModel(nn.Module):
         frames, n = images.shape[1], actions.shape[1]
         assert frames == n + 1, f"{frames} frames need {frames - 1} actions, got {n}"
         embed = self.embed(images)
-        start, rows = self.context(embed[:, 0]), torch.arange(len(images), device=images.device)
-        if imagine:
-            rows = torch.cat([rows, rows])
-        return start, self.rssm.unroll({k: v[rows] for k, v in start.items()}, actions[rows], embed[:, 1:])
+        start, kinds = self.context(embed[:, 0]), 2 if imagine else 1
+        states = {k: torch.cat([v] * kinds) for k, v in start.items()}
+        return start, self.rssm.unroll(states, torch.cat([actions] * kinds), embed[:, 1:])
 
     def imagine(self, state, actions):
         """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
@@ -1224,7 +1223,7 @@ def start_processes(args, rows=1):
     if own_gpu:
         torch.cuda.set_device(device)
     if args.bf16 is None:
-        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # Two threads that compute in bfloat16 spin while they wait for each other (oneDNN). On a busy machine
     # a step then took 6 s instead of 0.3 s.
     if args.threads or (args.bf16 and device.type == "cpu"):
@@ -1305,8 +1304,8 @@ def run(main):
     Any other exception is a bug and keeps its traceback."""
     try:
         return main()
-    except InputError as e:
-        message, status = str(e), 2
+    except InputError as e:             # of a loader process: its traceback ends with the message
+        message, status = str(e).split("InputError: ")[-1], 2
     except KeyboardInterrupt:
         message, status = "interrupted; finished work is kept: continue it with --resume", 130
     except OSError as e:
@@ -1315,9 +1314,13 @@ def run(main):
         message, status = (f"cannot read or write {e.filename or 'a file'}: {e.strerror}; finished work is "
                            "kept: make room or choose another --out, then continue with --resume"), 2
     except RuntimeError as e:
-        if not (dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(e))):
+        if "DataLoader worker (pid" in str(e):
+            message = "a loader process was killed: if memory or /dev/shm ran out, use fewer --workers"
+        elif dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(e)):
+            message = f"another process of this run has ended: see its error ({str(e)[:300]})"
+        else:
             raise
-        message, status = "another process of this run has ended: see its error, continue with --resume", 1
+        message, status = f"{message}. Finished work is kept: continue with --resume", 2
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         time.sleep(5)       # if rank 0 says the same, torchrun ends this process before it repeats it
     for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
@@ -1502,7 +1505,9 @@ def open_run(args, free):
 def to_numbers(step, metrics):
     """{name: scalar tensor} -> {name: float}, means over all processes. InputError unless they are finite.
     A GPU is waited for here alone."""
-    values = process_mean(torch.stack([value.detach().float() for value in metrics.values()])).tolist()
+    device = metrics["loss"].device         # the norm of no gradient at all is a tensor on the CPU
+    values = torch.stack([value.detach().to(device, torch.float32) for value in metrics.values()])
+    values = process_mean(values).tolist()
     for name, value in zip(metrics, values):
         if not math.isfinite(value):
             raise InputError(f"{name} is {value} at step {step} or since some steps before: lower --lr or "

@@ -2,6 +2,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import models
 import pretrain
 from conftest import metrics
 from models import InputError
+from prepare_data import EpisodeDataset
 
 FLAGS = "--smoke --device cpu --steps 4 --every 2 --batch-size 4".split()
 FEW = ["--eval-windows", "8", "--probe-data", "none"]
@@ -142,6 +144,20 @@ def test_a_run_that_diverges_ends_and_never_saves_it(data, tmp_path, monkeypatch
     with pytest.raises(InputError, match="is nan at step 4 or since some steps before"):
         fine(data, tmp_path / "b", "--init", "scratch", "--steps", "400", "--every", "40")
     assert not any((tmp_path / run / "last.pt").exists() for run in "ab")
+
+
+@pytest.mark.parametrize("failure, line", [("damaged", "s.h5 is damaged: copy it again"),
+                                           ("killed", "a loader process was killed")])
+def test_what_fails_in_a_loader_process_is_one_line(data, tmp_path, monkeypatch, capsys, failure, line):
+    def read_frames(*_):
+        if failure == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputError("s.h5 is damaged: copy it again")
+    monkeypatch.setattr(EpisodeDataset, "read_frames", read_frames)
+    with pytest.raises(SystemExit):
+        models.run(lambda: fine(data, tmp_path, "--init", "scratch", "--workers", "1"))
+    errors = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert f"error: {line}" in errors[-1] and "Traceback" not in "".join(errors)
 
 
 # ---- what pretraining watches ----
