@@ -217,7 +217,6 @@ def main(argv=None):
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
     policy.train()
-    policy_loss = for_training(policy.loss, args)
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
@@ -225,7 +224,7 @@ def main(argv=None):
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
-        if args.freeze_steps and step in (start, args.freeze_steps):
+        if step in (start, args.freeze_steps):                    # what is trained changes
             for name, parameter in policy.named_parameters():
                 parameter.requires_grad_(step >= args.freeze_steps or name in new)
             policy_loss = for_training(policy.loss, args)

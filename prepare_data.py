@@ -1169,10 +1169,10 @@ def vector(names, units, frame, gripper, delta=None):
 
 def part(text):
     """"K/N" -> K, N."""
-    k, n = map(int, text.split("/"))
-    if not 1 <= k <= n:
-        raise ValueError
-    return k, n
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, for example 3/16, got {text!r}")
+    return int(k), int(n)
 
 
 def words(text):
@@ -1343,15 +1343,18 @@ def convert(args):
         write_shard(path, about, [x for x in batch if "images" in x], [x for x in batch if "reason" in x])
         del batch                             # else memory would hold two shards
     missing = [path for path in shards if not os.path.exists(path)]
-    if missing:
-        print(f"{args.out}: part {k}/{n} is done, {len(missing)} of {len(shards)} shards are not here yet. "
-              "When all are here, the same command with --resume and without --part makes the dataset")
-        return 0.0
-    for path, part in shards.items():         # they may have been copied here
+    reasons = []
+    for path, part in (mine if missing else shards).items():                # they may have been copied here
         with open_shard(path, AGAIN) as f:
-            names = [*f["name"].asstr()[:], *(json.loads(text)["name"] for text in f["rejects"].asstr()[:])]
+            rejects = [json.loads(text) for text in f["rejects"].asstr()[:]]
+            names = [*f["name"].asstr()[:], *(reject["name"] for reject in rejects)]
             if sorted(names) != sorted(name for name, _ in part) or dict(f.attrs) != attributes(about):
                 raise InputError(f"{path} was made from another source or with other settings: {AGAIN}")
+            reasons += [reject["reason"] for reject in rejects]
+    if missing:
+        return report(args.out, f"part {k}/{n} is done, {len(missing)} of {len(shards)} shards are not here "
+                      "yet. When all are here, the same command with --resume and without --part makes the "
+                      "dataset", total, reasons)
     return finish(args.out, about, list(shards), len(items))
 
 
@@ -1447,7 +1450,7 @@ def report(folder, what, num_items, reasons):
     print(f"{folder}: {what}; {len(reasons)} of {num_items} rejected")
     for reason, count in collections.Counter(reasons).most_common():
         print(f"{count:>10}  {reason}")
-    return len(reasons) / num_items
+    return len(reasons) / max(1, num_items)                                 # a part may have no item
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
@@ -1804,7 +1807,7 @@ def build_parser(smoke=False):
 
 
 def main(argv=None):
-    """Run one command. InputError when too many items were rejected; the dataset is written all the same."""
+    """Run one command. InputError when too many items were rejected; the others are written all the same."""
     args = build_parser("--smoke" in (sys.argv[1:] if argv is None else argv)).parse_args(argv)
     for name, low in (("image_size", 8), ("workers", 1), ("min_frames", 2), ("spread", 0), ("seed", 0),
                       ("demos_per_task", 0), ("hand_videos_per_task", 0)):
@@ -1816,7 +1819,7 @@ def main(argv=None):
         raise InputError("--out is empty: give a folder")
     rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        done = "nothing was written" if args.check else "the dataset is written"
+        done = "nothing was written" if args.check else "the others are written"
         raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}): "
                          f"{done}, but look at the reasons above before you use it")
 

@@ -247,6 +247,16 @@ def test_machines_that_share_a_source_make_the_bytes_that_one_machine_makes(coun
     assert content(tmp_path / "shared") == content(counting)
 
 
+def test_a_machine_that_can_use_nothing_says_so_although_the_others_can(tmp_path, monkeypatch, capsys):
+    """The dataset alone would show it as a few rejects of many machines. A part may also have no shard."""
+    monkeypatch.setenv("COUNTING", json.dumps({"reject": [3, 4, 5]}))                # all of the second shard
+    assert convert(tmp_path / "a", flags=["--part", "1/4"]) == 0
+    assert convert(tmp_path / "a", flags=["--part", "2/4", "--resume"]) == 1
+    assert "3 of 3 rejected" in capsys.readouterr().out
+    for flags in (["--check"], ["--resume"]):
+        assert convert(tmp_path / "a", flags=["--part", "5/5", *flags]) == 0
+
+
 def test_a_shard_of_another_source_or_setting_is_never_joined(counting, tmp_path):
     for name, settings in (("source", {"lengths": LENGTHS[::-1] + [3, 3], "shard": 4}),
                            ("setting", {"flags": ["--min-frames", "3"]})):
