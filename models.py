@@ -1264,7 +1264,7 @@ def for_training(method, args):
     if dist.is_initialized() and any(p.requires_grad for p in module.parameters()):
         holder = nn.Module()            # the engine calls forward()
         holder.module, holder.forward = module, call
-        call = DistributedDataParallel(holder, broadcast_buffers=False)
+        call = DistributedDataParallel(holder, forward_sync_buffers=False)
 
     def function(*inputs):
         if not module.training:
