@@ -1316,13 +1316,14 @@ def run(main):
     except RuntimeError as e:
         if "DataLoader worker (pid" in str(e):
             message = "a loader process was killed: if memory or /dev/shm ran out, use fewer --workers"
-        elif dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(e)):
-            message = f"another process of this run has ended: see its error ({str(e)[:300]})"
+        elif dist.is_initialized() and re.search("[Cc]onnection|remote|Broken pipe|Timed out", str(e)):
+            message = "another process of this run has ended: see its error"
         else:
             raise
         message, status = f"{message}. Finished work is kept: continue with --resume", 2
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         time.sleep(5)       # if rank 0 says the same, torchrun ends this process before it repeats it
+        print(file=sys.stderr)                              # rank 0 has left the cursor behind its bar
     for bar in list(getattr(tqdm, "_instances", ())):       # the error is the last line on the screen
         bar.close()
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
