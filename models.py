@@ -1488,7 +1488,8 @@ def open_run(args, free):
     """-> the checkpoint in args.out to continue from, or None for a new run. InputError when the folder is in
     use, or when --resume comes with other flags than the run had, except those in `free`. Writes nothing.
 
-    A resumed run equals an uninterrupted one, to the bit on a CPU with the same number of threads.
+    A resumed run equals an uninterrupted one, to the bit on a CPU with the same number of threads. More than
+    two processes may add gradients in another order.
     """
     out, last = Path(args.out), Path(args.out) / "last.pt"
     if args.resume and last.exists():

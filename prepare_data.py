@@ -1320,13 +1320,16 @@ def convert(args):
              "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]"}
     names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
     arguments = {**settings, "format_version": FORMAT_VERSION, "items": names}
+    k, n = getattr(args, "part", (1, 1))
+    if n > 1 and args.overwrite:
+        raise InputError("--overwrite with --part would delete the shards of the other machines: delete "
+                         f"{args.out} once, then use --resume")
     if not args.check and claim_output(args.out, arguments, "dataset.json", args):
         return 0.0
 
     size = max(1, min(source.shard, source.shard * 128 ** 2 // args.image_size ** 2))    # items per shard
     shards = {os.path.join(args.out, f"{i // size:05d}.h5"): items[i:i + size]
               for i in range(0, len(items), size)}
-    k, n = getattr(args, "part", (1, 1))
     mine = dict(list(shards.items())[k - 1::n])
     total = sum(map(len, mine.values()))
     todo = {path: part for path, part in mine.items() if args.check or not os.path.exists(path)}

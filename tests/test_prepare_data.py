@@ -255,6 +255,7 @@ def test_a_machine_that_can_use_nothing_says_so_although_the_others_can(tmp_path
     assert "3 of 3 rejected" in capsys.readouterr().out
     for flags in (["--check"], ["--resume"]):
         assert convert(tmp_path / "a", flags=["--part", "5/5", *flags]) == 0
+    error(lambda: convert(tmp_path / "a", flags=["--part", "1/4", "--overwrite"]), "--overwrite with --part")
 
 
 def test_a_shard_of_another_source_or_setting_is_never_joined(counting, tmp_path):
