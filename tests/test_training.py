@@ -90,7 +90,7 @@ def test_pretraining_killed_and_resumed_equals_an_uninterrupted_run_to_the_bit(d
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with open(tmp_path / "run" / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "loss": 0.0}\n{"step": 4, "lo')        # lines after the checkpoint, one torn
-    pretrain.main([*flags, "--resume"])
+    pretrain.main([*flags, "--resume", "--workers", "1"])             # and with a loader process
     whole, resumed = (models.load_checkpoint(p) for p in (pretrained, tmp_path / "run" / "last.pt"))
     assert equal(whole["policy"], resumed["policy"]) and equal(whole["world_model"], resumed["world_model"])
     logged = [[{k: v for k, v in line.items() if k != "waiting"} for line in metrics(run)]
