@@ -15,7 +15,7 @@ import models as m
 
 TINY = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
         "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
-        "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16)}
+        "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, draws=4)}
 B, N, A, Z = 5, 6, 7, 3
 TEXTS = ["stack the cups", "move the can", "", "stack the blue cup", "move the box"]
 NO_PAD = torch.zeros(B, N, dtype=torch.bool)
@@ -250,7 +250,6 @@ def test_ddim_with_the_true_noise_returns_to_the_action_on_the_squared_cosine_sc
 def test_diffusion_recovers_a_bimodal_distribution():
     """A regression would go through the middle; samples go left or right, about equally often."""
     policy, batch = left_or_right("diffusion", 8)
-    policy.DRAWS = 4
     policy.encode = lambda obs: torch.zeros(len(obs["instruction"]), 64)        # one observation, and quick
     fit(policy, batch, 250, 3e-3)
     noise = torch.randn(64, N, A)
