@@ -988,7 +988,7 @@ class WorldModel(nn.Module):
 
     def embed(self, images):
         """(B, T, 3V, H, W) uint8 -> (B, T, hidden)."""
-        x = (images.flatten(0, 1).float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+        x = images.flatten(0, 1).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(0.5)
         return self.encoder(x).unflatten(0, images.shape[:2])
 
     def decode(self, state):

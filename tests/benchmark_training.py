@@ -96,14 +96,14 @@ def measure(root, script, pixels, cameras, flags, steps):
         return timed(batch)
 
     def timed(batch):
-        with FlopCounterMode(display=False) as flops:
-            yield batch
-        gflop.append(flops.get_total_flops() / 1e9)
         clock.clear()
         for _ in range(1 + steps):
             note()
             yield batch
         note()
+        with FlopCounterMode(display=False) as flops:       # last, because it slows the steps after it
+            yield batch
+        gflop.append(flops.get_total_flops() / 1e9)
 
     def backward(loss, original=torch.Tensor.backward):
         note()
@@ -129,7 +129,7 @@ def measure(root, script, pixels, cameras, flags, steps):
             began = time.process_time()
             policy.act(obs)
             acts.append(time.process_time() - began)
-    cpu, wall = np.array(clock)[3:].T                       # without the first step
+    cpu, wall = np.array(clock)[3:4 + 3 * steps].T          # without the first step and the last
     forward, backward, optimiser = np.diff(cpu).reshape(steps, 3).T.tolist()
     return dict(zip(COLUMNS, (forward, backward, optimiser, np.diff(cpu[::3]).tolist(),
                               np.diff(wall[::3]).tolist(), acts[1:], [peak], gflop)))
