@@ -219,7 +219,7 @@ def main(argv=None):
     policy.train()
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))    # a CPU uses 32 bits of a seed only
         batch = to_device(batch, device)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))

@@ -410,7 +410,7 @@ class Policy(nn.Module):
         if self.head != "latent":
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
-    @torch.compiler.disable             # it takes words, for which --compile would compile anew in every step
+    @torch.compiler.disable             # new words would make --compile compile again in every step
     def preprocess(self, obs):
         """Check the raw observation, embed the instructions as (B, L) and normalise the proprioception.
         InputError when obs is not what the policy was made for."""

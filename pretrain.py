@@ -362,7 +362,7 @@ def main(argv=None):
     clock, waited = time.time(), 0.0
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
-        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))           # a CPU uses the low 32 bits
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))    # a CPU uses 32 bits of a seed only
         batch = to_device(batch, device)
         # DEVIATION: clips are shifted by a few pixels, all frames alike; there are few clips at this scale.
         batch["frames"] = random_shift(batch["frames"], args.shift)                   # (B, n+1, 3V, H, W)
