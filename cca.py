@@ -486,8 +486,8 @@ def swap(study):
 
     def imagine(z):
         torch.manual_seed(seed)                                                       # the same noise
-        start = world_model.context(world_model.embed(frames[:, :1])[:, 0])
-        future = world_model.decode(world_model.imagine(start, z))                    # (B, n, C, h, w)
+        embed, scene = world_model.embed(frames[:, :1])
+        future = world_model.decode(world_model.imagine(world_model.context(embed[:, 0]), z), scene)   # (B, n, C, h, w)
         return torch.cat([true[:, :1], world_model.picture(future, true[:, 0])], 1)   # (B, n+1, 3, H, W)
 
     of_a = np.random.default_rng(seed).permutation(len(z))                            # clip A for each clip B

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from prepare_data import Mixture
 
+RIDGE = 1e-3
 SMOKE = dict(steps=6, batch_size=8, every=6, workers=0)
 # Flags that may change when a run is resumed.
 FREE = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
@@ -55,7 +56,7 @@ def arguments(argv):
     add("--workers", type=int, default=1, help="loader processes; 0 = none; on a GPU 8, for each GPU")
     add = p.add_argument_group("policy").add_argument
     add("--init", default="runs/pretrain/last.pt", help="checkpoint to start from, or the word scratch")
-    add("--head", choices=("reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
+    add("--head", choices=("ridge", "reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
         "the latent actions; paper reinit")
     add("--freeze-steps", type=int, default=0, help="first steps that train new layers alone; 0 = off")
     add("--ema", type=float, help="decay of the averaged weights, which are then evaluated; in step t at "
@@ -71,6 +72,8 @@ def arguments(argv):
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=5e-4, help="learning rate; release 1e-4")
+    add("--trunk-lr", type=float, help="learning rate of pretrained weights; 0 = frozen (default: --lr)")
+    add("--loss", choices=("nll", "l1", "laplace"), default="nll", help="paper nll")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=10.0, help="largest norm of the gradient; inf = off; release 100")
@@ -122,7 +125,7 @@ def finetuning_config(args, start, data):
     InputError when the pretrained policy needs an input that they do not have."""
     config = {**start, "image_size": data.image_size, "cameras": data.cameras, "action_dim": data.action_dim,
               "proprio_dim": None if args.no_proprio else data.proprio_dim,
-              "proprio_dropout": args.proprio_dropout,
+              "proprio_dropout": args.proprio_dropout, "loss": args.loss,
               "head": "add" if args.head == "add" else "action"}
 
     def needs(c):
@@ -150,6 +153,37 @@ def validate(policy, data, device):
 
 
 @torch.no_grad()
+def ridge_head(policy, data, shift, most=4000):
+    """The last layer in closed form, by ridge regression from the features of pretrained weights."""
+    rows = data.spaced(most)
+    passes = max(1, round(most / len(rows)))
+    policy.eval()
+    X, Y, W = [], [], []
+    for _ in range(passes):
+        for batch in DataLoader(Subset(data, rows), batch_size=64):
+            batch["obs"]["images"] = {c: random_shift(x, shift) for c, x in batch["obs"]["images"].items()}
+            X.append(policy.encode(batch["obs"]).double())
+            Y.append(policy.action_norm.normalize(batch["actions"]).double())
+            W.append((~batch["is_pad"]).double())
+    X, Y, W = (torch.cat(x) for x in (X, Y, W))                 # (N, E) or (N, n, E); (N, n, A); (N, n)
+    layer, n, a = policy.action_out, policy.chunk, Y.shape[-1]
+    mean, std = X.flatten(0, -2).mean(0), X.flatten(0, -2).std(0).clamp(min=1e-6)
+    X = torch.cat([(X - mean) / std, torch.ones_like(X[..., :1])], -1)
+    eye = torch.eye(X.shape[-1], dtype=torch.float64); eye[-1, -1] = 0
+    def solve(x, y, w):
+        xw = x * w[:, None]
+        return torch.linalg.solve(xw.T @ x + RIDGE * w.sum() * eye, xw.T @ y)
+    if policy.PER_STEP:
+        w = solve(X.flatten(0, 1), Y.flatten(0, 1), W.flatten())[None]      # (1, E+1, A)
+    else:
+        w = torch.stack([solve(X, Y[:, k], W[:, k]) for k in range(n)])     # (n, E+1, A)
+    weight = w[:, :-1] / std[:, None]
+    bias = w[:, -1] - mean @ weight
+    layer.weight.copy_(weight.transpose(1, 2).flatten(0, 1)); layer.bias.copy_(bias.flatten())
+    print(f"ridge        {len(X)} rows, L1 on them {(torch.stack([X @ k for k in w], 1).squeeze() - Y).abs().mean():.4f}" if not policy.PER_STEP else "ridge")
+
+
+@torch.no_grad()
 def average(averaged, policy, decay):
     """averaged <- decay * averaged + (1 - decay) * policy, in place; counters are copied."""
     for mean, now in zip(averaged.state_dict().values(), policy.state_dict().values()):
@@ -170,7 +204,7 @@ def main(argv=None):
     # A run that is resumed no longer needs what --init names.
     config, pretrained = (checkpoint["config"], None) if checkpoint else starting_point(args)
     train, held_out = (
-        Mixture(args.data, config["chunk"], args.weights, args.strides, split=split, demos_per_task=demos)
+        Mixture(args.data, config["chunk"], args.weights, args.strides, split=split, demos_per_task=demos, seed=args.seed)
         for split, demos in (("train", args.demos_per_task), ("val", None)))
     if train.action_dim is None:
         raise InputError(f"{args.data[0]} has video only: finetuning needs actions (python prepare_data.py "
@@ -195,7 +229,13 @@ def main(argv=None):
     policy = policy.to(device)
     decay = policy.EMA if args.ema is None else args.ema
     averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, betas=(0.9, 0.95),
+    if args.head == "ridge" and not checkpoint:
+        ridge_head(policy, train, args.shift)
+    trunk_lr = args.lr if args.trunk_lr is None else args.trunk_lr
+    is_new = lambda name: not pretrained or name in new
+    optimizer = torch.optim.AdamW([
+        {"params": [p for name, p in policy.named_parameters() if is_new(name) == yes], "peak": lr}
+        for yes, lr in ((True, args.lr), (False, trunk_lr))], lr=args.lr, betas=(0.9, 0.95),
                                   weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:
@@ -222,7 +262,7 @@ def main(argv=None):
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))    # a CPU uses 32 bits of a seed only
         batch = to_device(batch, device)
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
-            group["lr"] = (args.lr * min(1, (step + 1) / max(1, args.warmup))
+            group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
         if step in (start, args.freeze_steps):                    # what is trained changes
             for name, parameter in policy.named_parameters():

@@ -325,9 +325,11 @@ class ObservationTokens(nn.Module):
         super().__init__()
         width = config["width"]
         self.cameras, self.proprio_dropout = config["cameras"], config["proprio_dropout"]
-        self.instruction_encoder = nn.Linear(TextEncoder.DIM[config["text_encoder"]], width)
+        # The norm brings the embedding to the scale of the other tokens, so that FiLM acts from the start.
+        self.instruction_encoder = nn.Sequential(nn.Linear(TextEncoder.DIM[config["text_encoder"]], width),
+                                                 nn.LayerNorm(width))
         self.image_encoder = ResNet18FiLM(config["image_size"], config["channels"], width)
-        self.camera_embedding = nn.ParameterList([nn.Parameter(0.02 * torch.randn(width))
+        self.camera_embedding = nn.ParameterList([nn.Parameter(0.5 * torch.randn(width))
                                                   for _ in self.cameras])
         if config["proprio_dim"]:
             self.proprio_encoder = nn.Sequential(nn.Linear(config["proprio_dim"], width), nn.ReLU(),
@@ -398,6 +400,7 @@ class Policy(nn.Module):
                                 else nn.Identity())
         if self.head != "latent":
             self.action_norm = Normalizer(config["action_dim"])
+            self.action_scale = nn.Parameter(torch.zeros(config["action_dim"]) - 1)
         if config["proprio_dim"]:
             self.proprio_norm = Normalizer(config["proprio_dim"])
         self.last_layers(config["latent_dim"], config["action_dim"])
@@ -459,7 +462,9 @@ class Policy(nn.Module):
         return actions.view(-1, self.chunk, self.config["action_dim"])
 
     def bound(self, actions):
-        return torch.tanh(actions)
+        if self.config["loss"] == "nll":
+            return torch.tanh(actions)
+        return actions if self.training else actions.clamp(-1, 1)
 
     def loss(self, batch):
         """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: scalar} for the log.
@@ -469,7 +474,13 @@ class Policy(nn.Module):
         target = self.action_norm.normalize(batch["actions"])
         mu = self.to_actions(self.encode(batch["obs"]))
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
-        nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
+        if self.config["loss"] == "nll":
+            nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
+        elif self.config["loss"] == "l1":
+            nll = (target - mu).abs()
+        else:
+            scale = self.action_scale.exp()
+            nll = (target - mu).abs() / scale + self.action_scale
         l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
         return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1}
 
@@ -612,22 +623,25 @@ class DiffusionPolicy(Policy):
         self.camera_mix = nn.ModuleList([nn.Linear(width, width) for _ in self.cameras])
         if config["proprio_dim"]:
             self.proprio_mix = nn.Linear(width, width)
-        self.step_encoder = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
-        self.unet = UNet1D(config["down"], step + 2 * width)
+        # What stage 2 adds starts at zero: at first the condition is that of stage 1.
+        for layer in [*self.camera_mix[1:], *([self.proprio_mix] if config["proprio_dim"] else [])]:
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        if self.head != "latent":
+            self.action_step = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
+            self.action_unet = UNet1D(config["down"], step + 2 * width)
         # alpha_bar(tau) = cos^2((tau / T + 0.008) / 1.008 * pi / 2), with every beta at most 0.999
         ab = [math.cos((t / self.STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(self.STEPS + 1)]
         betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(ab, ab[1:])])
         self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)   # (STEPS,)
 
     def last_layers(self, latent, action):
-        """ASSUMPTION: stage 2 also renews the layer in front of the U-Net, because its input changes from
-        latent actions to actions."""
-        first = self.config["down"][0]
-        if self.head != "action":
-            self.latent_in, self.latent_out = nn.Linear(latent, first), nn.Linear(first, latent)
-        if self.head != "latent":
-            inner = first if self.head == "action" else latent
-            self.action_in, self.action_out = nn.Linear(action, inner), nn.Linear(inner, action)
+        """DEVIATION: a linear layer makes the latent actions from the condition; the U-Net is new in stage 2.
+        Pretraining could only call it on pure noise (UPSTREAM does), which makes it a worse denoiser."""
+        width, first = self.config["width"], self.config["down"][0]
+        if self.head == "latent":
+            self.latent_out = nn.Linear(2 * width, self.chunk * latent, bias=not self.config["latent_norm"])
+        else:
+            self.action_in, self.action_out = nn.Linear(action, first), nn.Linear(first, action)
 
     def features(self, obs):
         """Preprocessed obs -> condition of the U-Net (B, 2E): cameras and proprioception, instruction."""
@@ -648,15 +662,10 @@ class DiffusionPolicy(Policy):
         half = self.config["step_width"] // 2
         frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angles = tau[:, None] * frequencies                                           # (B, step_width / 2)
-        step = self.step_encoder(torch.cat([angles.sin(), angles.cos()], -1))
-        if self.head != "latent":
-            x = self.action_in(x)
-        if self.head != "action":
-            x = self.latent_in(x)
-        x = self.unet(x.transpose(1, 2), torch.cat([step, condition], -1)).transpose(1, 2)
-        if self.head != "action":
-            x = self.latent_out(x)
-        return x if self.head == "latent" else self.action_out(x)
+        step = self.action_step(torch.cat([angles.sin(), angles.cos()], -1))
+        x = self.action_in(x).transpose(1, 2)                                         # (B, down[0], n)
+        x = self.action_unet(x, torch.cat([step, condition], -1))
+        return self.action_out(x.transpose(1, 2))
 
     def split(self, x, tau, velocity):
         """Noisy chunk x, its step tau (B,), v -> clean chunk ^a, noise ^e; all (B, n, width)."""
@@ -676,9 +685,7 @@ class DiffusionPolicy(Policy):
         return a
 
     def to_latents(self, condition):
-        x = self.noise(condition, self.config["latent_dim"])
-        tau = torch.full((len(x),), self.STEPS - 1, device=x.device)
-        return self.squash(self.split(x, tau, self.velocity(x, tau, condition))[0])
+        return super().to_latents(F.mish(condition))
 
     def loss(self, batch):
         """Denoising loss of the valid steps: batch as in Policy.loss -> scalar, {} for the log.
@@ -950,7 +957,7 @@ def convolutions(layer, channels):
     modules = []
     for c_in, c_out in zip(channels, channels[1:]):
         # ASSUMPTION: norm over channels and pixels (DreamerV3: over a pixel's channels), because it is fast.
-        modules += [layer(c_in, c_out, 4, 2, 1, bias=False), nn.GroupNorm(1, c_out), nn.SiLU()]
+        modules.append(nn.Sequential(layer(c_in, c_out, 4, 2, 1, bias=False), nn.GroupNorm(1, c_out), nn.SiLU()))
     return modules
 
 
@@ -974,29 +981,45 @@ class WorldModel(nn.Module):
         size = WORLD_MODEL_SIZES[config["size"]]
         channels = image_channels(config["size"], config["image_size"])
         embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
-        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten(),
-                                     nn.Linear(embed, size["hidden"], bias=False))
+        self.encoder = nn.ModuleList(convolutions(nn.Conv2d, [3 * config["views"], *channels]))
+        self.encoder_out = nn.Linear(embed, size["hidden"], bias=False)
         self.rssm = RSSM(size, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
         if halved >= len(channels):
             raise InputError(f"images of {config['image_size']} pixels are too small for --target "
                              f"{config['target']}: use larger images, or --target pixels")
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
-        self.decoder = nn.Sequential(*convolutions(nn.ConvTranspose2d, channels),
-                                     nn.ConvTranspose2d(channels[-1], c_out * config["views"], 4, 2, 1))
+        self.skips = nn.ModuleList([nn.Conv2d(c, c, 1) for c in channels] if "skip" in config["decoder"] else [])
+        gate = (1 if "gate" in config["decoder"] else 0)
+        self.decoder = nn.ModuleList([*convolutions(nn.ConvTranspose2d, channels),
+                                      nn.ConvTranspose2d(channels[-1], (c_out + gate) * config["views"], 4, 2, 1)])
         self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
 
     def embed(self, images):
-        """(B, T, 3V, H, W) uint8 -> (B, T, hidden)."""
+        """(B, T, 3V, H, W) uint8 -> (B, T, hidden), scene: o_t (B, 3V, H, W) in [0, 1] and its feature maps
+        (B, C_i, h_i, w_i), from coarse to fine."""
         x = images.flatten(0, 1).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(0.5)
-        return self.encoder(x).unflatten(0, images.shape[:2])
+        first, maps = slice(None, None, images.shape[1]), []
+        for layer in self.encoder:
+            x = layer(x)
+            maps.insert(0, x[first])
+        return self.encoder_out(x.flatten(1)).unflatten(0, images.shape[:2]), [images[:, 0].float() / 255, *maps]
 
-    def decode(self, state):
-        """(Eq. 4)  state of (..., D) and (..., S, K) -> prediction (..., C, h, w), see targets()."""
-        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (..., D + S*K)
-        x = self.decoder_in(features.flatten(0, -2)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
-        x = self.decoder(x).to(torch.float32, memory_format=torch.contiguous_format)
-        x = x.unflatten(0, features.shape[:-1])
+    def decode(self, state, scene):
+        """(Eq. 4)  state of (B, k, D) and (B, k, S, K) -> prediction (B, k, C, h, w), see targets()."""
+        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (B, k, D + S*K)
+        b, k = features.shape[:2]
+        still, *maps = scene
+        x = self.decoder_in(features.flatten(0, 1)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
+        for i, layer in enumerate(self.decoder):
+            if self.skips:
+                x = (x.unflatten(0, (b, k)) + self.skips[i](maps[i])[:, None]).flatten(0, 1)
+            x = layer(x)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format).unflatten(0, (b, k))
+        if "gate" in self.config["decoder"]:
+            v = self.config["views"]
+            x, mask = x[:, :, :-v], x[:, :, -v:].sigmoid().repeat_interleave(3, 2)
+            return mask * x.sigmoid() + (1 - mask) * still[:, None]
         return x.sigmoid() if self.config["target"] == "pixels" else x
 
     def context(self, embed):
@@ -1012,10 +1035,10 @@ class WorldModel(nn.Module):
         (B, n, ...) posteriors, which see each frame; with imagine=True (2B, n, ...), then priors."""
         frames, n = images.shape[1], actions.shape[1]
         assert frames == n + 1, f"{frames} frames need {frames - 1} actions, got {n}"
-        embed = self.embed(images)
+        embed, scene = self.embed(images)
         start, kinds = self.context(embed[:, 0]), 2 if imagine else 1
         states = {k: torch.cat([v] * kinds) for k, v in start.items()}
-        return start, self.rssm.unroll(states, torch.cat([actions] * kinds), embed[:, 1:])
+        return start, self.rssm.unroll(states, torch.cat([actions] * kinds), embed[:, 1:]), scene
 
     def imagine(self, state, actions):
         """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
@@ -1056,7 +1079,7 @@ class WorldModel(nn.Module):
         decode_steps = min(n, decode_steps or n)
         # DEVIATION: the open-loop rows and their term. A posterior has seen the frame and can be decoded
         # without the action; then only the KL depends on the action, and below the free bits nothing does.
-        start, states = self.observe(images, actions, imagine=predict != "posterior")
+        start, states, scene = self.observe(images, actions, imagine=predict != "posterior")
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
         still, future = targets(images, self.config["target"])
         future = future[:, chosen]                                                    # (B, m, C, h, w)
@@ -1068,11 +1091,11 @@ class WorldModel(nn.Module):
             return error.new_zeros(*error.shape[:-1], n).index_copy(-1, chosen, error)
 
         # One call decodes o_t, the frames of the posteriors and those of the priors.
-        first = slice(0 if predict != "prior" else b, None)                 # rows of the states to decode
-        decoded = self.decode({k: torch.cat([start[k], states[k][first, chosen].flatten(0, 1)])
-                               for k in ("deter", "stoch")})                # (B + rows * m, C, h, w)
-        context, decoded = decoded.split([b, len(decoded) - b])
-        errors = (decoded.view(-1, *future.shape) - future) ** 2            # (kinds, B, m, C, h, w)
+        kinds = [slice(0, b)] * (predict != "prior") + [slice(-b, None)] * (predict != "posterior")
+        decoded = self.decode({k: torch.cat([start[k][:, None], *(states[k][rows, chosen] for rows in kinds)], 1)
+                               for k in ("deter", "stoch")}, scene)         # (B, 1 + kinds * m, C, h, w)
+        context = decoded[:, 0]
+        errors = (torch.stack(decoded[:, 1:].chunk(len(kinds), 1)) - future) ** 2     # (kinds, B, m, C, h, w)
         weighted = per_step(weight * errors)                                # (kinds, B, n)
 
         terms = {"still": per_step((still - future) ** 2)}

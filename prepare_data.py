@@ -1503,7 +1503,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, chunk, cameras=None, future=0, split="all", demos_per_task=None, stride=1,
-                 labels=("actions", "proprio")):
+                 labels=("actions", "proprio"), seed=0):
         self.path, self.chunk, self.future, self.stride = os.fspath(path), chunk, future, stride
         self.attrs, shards, self.fingerprint = read_manifest(self.path)
         self.fps, self.image_size = self.attrs["fps"], self.attrs["image_size"]
@@ -1519,7 +1519,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._paths = [os.path.join(self.path, shard["file"]) for shard in shards]
         self._read_index()
-        self.episodes = self._choose(split, demos_per_task)      # indices into all episodes of the folder
+        self.episodes = self._choose(split, demos_per_task, seed)      # indices into all episodes of the folder
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
@@ -1545,7 +1545,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
         ids = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self.instructions, self.instruction_ids = list(ids), np.array([ids[text] for text in texts])
 
-    def _choose(self, split, demos_per_task):
+    def _choose(self, split, demos_per_task, seed):
         """-> sorted indices of the episodes of a split."""
         by_instruction = np.argsort(self.instruction_ids, kind="stable")
         is_val = np.zeros(len(self.lengths), bool)
@@ -1560,7 +1560,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
             if not 1 <= demos_per_task <= len(mine):
                 raise InputError(f"{demos_per_task} demonstrations per task asked for, but {self.path} "
                                  f"({split}) has {len(mine)} of {text!r}: ask for fewer, or prepare more")
-        return np.sort(np.concatenate([mine[:demos_per_task] for mine in per_task]))
+        return np.sort(np.concatenate([
+            np.random.default_rng(seed).permutation(mine)[:demos_per_task] for mine in per_task]))
 
     def _rows(self, episode, key, first, count):
         """Rows first, first+1, ... of an episode's actions or proprio -> (count, D) float32."""

@@ -82,6 +82,7 @@ def arguments(argv):
     add("--world-model", choices=WORLD_MODEL_SIZES, default="tiny", help="size; paper 50m")
     add("--context-frame", action=argparse.BooleanOptionalAction, default=True, help="start from the "
         "posterior of o_t; paper yes")
+    add("--decoder", nargs="*", choices=("skip", "gate"), default=["skip", "gate"], help="paper: none")
     add("--target", choices=TARGETS, default="pixels", help="what is predicted of a frame; paper pixels")
     add("--predict", choices=("posterior", "prior", "both"), default="both", help="decode posteriors "
         "(they have seen the frame), priors (open loop) or both; paper posterior")
@@ -160,7 +161,7 @@ def build(args, train):
                         action_dim=train.action_dim or args.latent_dim, predict=args.predict,
                         target=args.target, motion_weight=args.motion_weight, free_bits=args.free_bits,
                         dyn_scale=0.5, rep_scale=0.1,              # KL balancing, as in the release
-                        decode_steps=args.decode_steps, context_frame=args.context_frame)
+                        decode_steps=args.decode_steps, decoder=args.decoder, context_frame=args.context_frame)
     modules = torch.nn.ModuleDict({"policy": make_policy(config), "world_model": WorldModel(world_config)})
     if args.latent_source == "inverse":
         modules["inverse"] = InverseDynamics(world_config)
@@ -269,10 +270,11 @@ def open_loop_strip(z, world_model, batch, path):
     whole = torch.argsort(batch["is_pad"].sum(1), stable=True)[:len(z) // 2]          # the least padded clips
     rows = whole[torch.linspace(0, len(whole) - 1, 4).long()]
     frames = batch["frames"][rows]
-    start = world_model.context(world_model.embed(frames)[:, 0])
+    embed, scene = world_model.embed(frames)
+    start = world_model.context(embed[:, 0])
     imagined = world_model.imagine(start, z[rows])
     imagined = world_model.decode({k: torch.cat([start[k][:, None], imagined[k]], 1)
-                                   for k in ("deter", "stoch")})                      # (4, n+1, C, h, w)
+                                   for k in ("deter", "stoch")}, scene)               # (4, n+1, C, h, w)
     truth = torch.cat(targets(frames, world_model.config["target"]), 1)               # (4, n+1, C, h, w)
     first = frames[:, 0, :3].float() / 255
     truth, imagined = (world_model.picture(x, first) for x in (truth, imagined))      # (4, n+1, 3, H, W)
