@@ -25,7 +25,7 @@ from pathlib import Path
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
                     colour_jitter, describe_size, for_training, init_from_pretrained, load_checkpoint,
-                    make_policy, open_run, policy_numbers, process_mean, provenance, random_shift, run,
+                    make_policy, open_run, policy_numbers, process_mean, provenance, random_shift, ridge_regression, run,
                     save_checkpoint, start_processes, to_device, to_numbers)
 
 import numpy as np
@@ -35,7 +35,6 @@ from tqdm import tqdm
 
 from prepare_data import Mixture
 
-RIDGE = 1e-3
 SMOKE = dict(steps=6, batch_size=8, every=6, workers=0)
 # Flags that may change when a run is resumed.
 FREE = {"resume", "overwrite", "smoke", "out", "data", "workers", "every"}
@@ -154,33 +153,27 @@ def validate(policy, data, device):
 
 @torch.no_grad()
 def ridge_head(policy, data, shift, most=4000):
-    """The last layer in closed form, by ridge regression from the features of pretrained weights."""
-    rows = data.spaced(most)
-    passes = max(1, round(most / len(rows)))
+    """Fit the new last layer in closed form: ridge regression from the policy's features to the actions.
+
+    Windows are taken several times if there are few, each time with other shifts. Steps after the end of an
+    episode count: their actions hold still.
+    """
     policy.eval()
-    X, Y, W = [], [], []
-    for _ in range(passes):
+    rows, features, actions, episode = data.spaced(most), [], [], []
+    for _ in range(max(1, most // len(rows))):
         for batch in DataLoader(Subset(data, rows), batch_size=64):
-            batch["obs"]["images"] = {c: random_shift(x, shift) for c, x in batch["obs"]["images"].items()}
-            X.append(policy.encode(batch["obs"]).double())
-            Y.append(policy.action_norm.normalize(batch["actions"]).double())
-            W.append((~batch["is_pad"]).double())
-    X, Y, W = (torch.cat(x) for x in (X, Y, W))                 # (N, E) or (N, n, E); (N, n, A); (N, n)
-    layer, n, a = policy.action_out, policy.chunk, Y.shape[-1]
-    mean, std = X.flatten(0, -2).mean(0), X.flatten(0, -2).std(0).clamp(min=1e-6)
-    X = torch.cat([(X - mean) / std, torch.ones_like(X[..., :1])], -1)
-    eye = torch.eye(X.shape[-1], dtype=torch.float64); eye[-1, -1] = 0
-    def solve(x, y, w):
-        xw = x * w[:, None]
-        return torch.linalg.solve(xw.T @ x + RIDGE * w.sum() * eye, xw.T @ y)
+            images = {c: random_shift(x, shift) for c, x in batch["obs"]["images"].items()}
+            features.append(policy.encode({**batch["obs"], "images": images}))        # (B, E) or (B, n, E)
+            actions.append(policy.action_norm.normalize(batch["actions"]))            # (B, n, A)
+            episode.append(batch["episode"])
+    x, y, episode = (torch.cat(rows) for rows in (features, actions, episode))
     if policy.PER_STEP:
-        w = solve(X.flatten(0, 1), Y.flatten(0, 1), W.flatten())[None]      # (1, E+1, A)
-    else:
-        w = torch.stack([solve(X, Y[:, k], W[:, k]) for k in range(n)])     # (n, E+1, A)
-    weight = w[:, :-1] / std[:, None]
-    bias = w[:, -1] - mean @ weight
-    layer.weight.copy_(weight.transpose(1, 2).flatten(0, 1)); layer.bias.copy_(bias.flatten())
-    print(f"ridge        {len(X)} rows, L1 on them {(torch.stack([X @ k for k in w], 1).squeeze() - Y).abs().mean():.4f}" if not policy.PER_STEP else "ridge")
+        x, y, episode = x.flatten(0, 1), y.flatten(0, 1), episode.repeat_interleave(policy.chunk)
+    weight, bias = ridge_regression(x.double().numpy(), y.flatten(1).double().numpy(), episode.numpy())
+    policy.action_out.weight.copy_(torch.from_numpy(weight.T))
+    policy.action_out.bias.copy_(torch.from_numpy(bias))
+    error = (x.double().numpy() @ weight + bias - y.flatten(1).numpy())
+    print(f"ridge        {len(rows):,} windows, {len(x):,} rows, L1 {abs(error).mean():.4f}")
 
 
 @torch.no_grad()

@@ -1199,11 +1199,11 @@ class ActionChunker:
 # ---- linear probe -----------------------------------------------------------------------------------------
 
 
-def ridge_probe(X, Y, X_test, episode):
-    """Linear probe by ridge regression: X (N, dx), Y (N, dy), X_test (M, dx) -> predictions (M, dy).
+def ridge_regression(X, Y, episode):
+    """Linear regression with a ridge: X (N, dx), Y (N, dy) -> weight (dx, dy), bias (dy,), for X @ weight + bias.
 
-    Columns are standardised with the training rows, whose episodes are episode (N,). The ridge is chosen by
-    5-fold cross-validation over episodes, since the rows of an episode are alike; with one episode it is 1.
+    Columns are standardised. The ridge is chosen by 5-fold cross-validation over episodes, episode (N,), since
+    the rows of an episode are alike; with one episode it is 1.
     """
     def solve(x, y, ridge):             # w = (x'x + ridge N)^-1 x'y
         return np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
@@ -1212,14 +1212,15 @@ def ridge_probe(X, Y, X_test, episode):
     std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column becomes 0
     x, y = (X - X.mean(0)) / std_x, Y - Y.mean(0)
     episodes, number = np.unique(episode, return_inverse=True)
-    folds, ridge, ridges = min(5, len(episodes)), 1.0, (10.0, 1.0, 1e-1, 1e-2, 1e-3)
+    folds, ridge, ridges = min(5, len(episodes)), 1.0, (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
     if folds > 1:
         fold = np.random.default_rng(0).permutation(len(episodes))[number] % folds    # (N,)
         inside = [fold != k for k in range(folds)]
         errors = [sum((((y[~i] - x[~i] @ solve(x[i], y[i], ridge)) / std_y) ** 2).sum() for i in inside)
                   for ridge in ridges]
         ridge = ridges[int(np.argmin(errors))]
-    return (X_test - X.mean(0)) / std_x @ solve(x, y, ridge) + Y.mean(0)
+    weight = solve(x, y, ridge) / std_x[:, None]
+    return weight, Y.mean(0) - X.mean(0) @ weight
 
 
 def r_squared(predicted, true):

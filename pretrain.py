@@ -28,7 +28,7 @@ from pathlib import Path
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
                     Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
                     describe_size, for_training, make_policy, masked_mean, open_run, policy_numbers,
-                    process_mean, provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint,
+                    process_mean, provenance, r_squared, random_shift, ridge_regression, run, save_checkpoint,
                     shuffled_within, start_processes, targets, to_device, to_numbers, write_atomically)
 
 import cv2
@@ -260,7 +260,8 @@ def latent_probe(policy, probe, device):
             batches.append((z.flatten(1).cpu(), batch["actions"][:, 0], batch["episode"]))
         rows[split] = [torch.cat(column).double().numpy() for column in zip(*batches)]
     (z, actions, episode), (z_val, actions_val, _) = rows["train"], rows["val"]
-    return float(np.nanmean(r_squared(ridge_probe(z, actions, z_val, episode), actions_val)))
+    weight, bias = ridge_regression(z, actions, episode)
+    return float(np.nanmean(r_squared(z_val @ weight + bias, actions_val)))
 
 
 @torch.no_grad()
