@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from models import (HelpFormatter, InputError, InverseDynamics, WorldModel, at_least, by_position, file_hash,
                     load_policy, make_policy, markdown_table, optical_flow, pick_device, provenance,
-                    r_squared, ridge_regression, run, to_device, write_atomically, write_json)
+                    r_squared, ridge_probe, run, targets, to_device, write_atomically, write_json)
 from prepare_data import EpisodeDataset, read_manifest
 
 SMOKE = dict(max_windows=300, random_policies=1, clips=24)
@@ -412,19 +412,15 @@ def probes(study):
     budgets = {k: [rng.choice(ids, k, replace=False) for _ in range(DRAWS)] for k in BUDGETS if k < len(ids)}
     budgets[len(ids)] = [ids]
     rows = []
-
-    def predict(x, rows, x_test):
-        weight, bias = ridge_regression(x[rows], Y[rows], episode[rows])
-        return x_test @ weight + bias
-
     for name in (*study.names, "random 1", "frame", "time"):
         x, x_test = X[name][~held_out], X[name][held_out]
-        samples = bootstrap(r2, [predict(x, slice(None), x_test), Y_test], episode_test, study.args.seed)
+        samples = bootstrap(r2, [ridge_probe(x, Y, x_test, episode), Y_test], episode_test, study.args.seed)
         row = {"latents": name, "mean": estimate(samples[:, np.isfinite(samples[0])].mean(1)),
                **dict(zip(study.moves, map(estimate, samples.T)))}
         for k, draws in budgets.items():
             chosen = [np.isin(episode, draw) for draw in draws]
-            scores = [float(np.nanmean(r_squared(predict(x, rows, x_test), Y_test))) for rows in chosen]
+            scores = [float(np.nanmean(r_squared(ridge_probe(x[i], Y[i], x_test, episode[i]), Y_test)))
+                      for i in chosen]
             row[f"from {k}"] = [float(np.mean(scores)), min(scores), max(scores)]
         rows.append(row)
     return "Probes of the true actions", rows, draw(
@@ -486,12 +482,12 @@ def swap(study):
     world_model.load_state_dict(study.checkpoint["world_model"])
     frames = torch.from_numpy(video["frames"]).to(study.device)                       # (B, n+1, 3V, H, W)
     z = torch.from_numpy(video["latents"][study.names[0]]).float().to(study.device)   # (B, n, Z)
-    true = frames[:, :, :3].float() / 255
+    true, still = frames[:, :, :3].float() / 255, targets(frames[:, :1], config["target"])[0]
 
     def imagine(z):
         torch.manual_seed(seed)                                                       # the same noise
-        embed, scene = world_model.embed(frames[:, :1])
-        future = world_model.decode(world_model.imagine(world_model.context(embed[:, 0]), z), scene)   # (B, n, C, h, w)
+        start = world_model.context(world_model.embed(frames[:, :1])[:, 0])
+        future = world_model.decode(world_model.imagine(start, z), still)             # (B, n, C, h, w)
         return torch.cat([true[:, :1], world_model.picture(future, true[:, 0])], 1)   # (B, n+1, 3, H, W)
 
     of_a = np.random.default_rng(seed).permutation(len(z))                            # clip A for each clip B

@@ -25,7 +25,7 @@ from pathlib import Path
 # First: models.py makes settings before torch starts.
 from models import (POLICIES, HelpFormatter, InputError, Log, TextEncoder, at_least, check_agreed, check_same,
                     colour_jitter, describe_size, for_training, init_from_pretrained, load_checkpoint,
-                    make_policy, open_run, policy_numbers, process_mean, provenance, random_shift, ridge_regression, run,
+                    make_policy, open_run, policy_numbers, process_mean, provenance, random_shift, run,
                     save_checkpoint, start_processes, to_device, to_numbers)
 
 import numpy as np
@@ -47,7 +47,8 @@ def arguments(argv):
     add("--data", nargs="+", default=["data/robot"], help="datasets with the same actions and cameras")
     add("--weights", nargs="+", type=float, help="share of each dataset, to any scale (default: by size)")
     add("--strides", nargs="+", type=int, help="frames per step in each dataset (default: by frame rate)")
-    add("--demos-per-task", type=int, help="use the first N demonstrations of each task (default: all)")
+    add("--demos-per-task", type=int, help="use N demonstrations of each task, which --seed "
+        "chooses; 2 are a part of 5 (default: all)")
     add("--no-proprio", action="store_true", help="ignore the proprioception of the data")
     add("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each image are "
@@ -55,9 +56,8 @@ def arguments(argv):
     add("--workers", type=int, default=1, help="loader processes; 0 = none; on a GPU 8, for each GPU")
     add = p.add_argument_group("policy").add_argument
     add("--init", default="runs/pretrain/last.pt", help="checkpoint to start from, or the word scratch")
-    add("--head", choices=("ridge", "reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
+    add("--head", choices=("reinit", "add"), default="reinit", help="a new last layer, or a new layer after "
         "the latent actions; paper reinit")
-    add("--freeze-steps", type=int, default=0, help="first steps that train new layers alone; 0 = off")
     add("--ema", type=float, help="decay of the averaged weights, which are then evaluated; in step t at "
         "most (1 + t) / (10 + t); 0 = off (default: diffusion 0.9999, as the release; others 0)")
     add("--proprio-dropout", type=float, default=0.3, help="share of the samples in which proprioception is "
@@ -70,9 +70,10 @@ def arguments(argv):
     add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=1500, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
-    add("--lr", type=float, default=5e-4, help="learning rate; release 1e-4")
-    add("--trunk-lr", type=float, help="learning rate of pretrained weights; 0 = frozen (default: --lr)")
-    add("--loss", choices=("nll", "l1", "laplace"), default="nll", help="paper nll")
+    add("--lr", type=float, default=5e-4, help="learning rate of new weights; release 1e-4")
+    add("--trunk-lr", type=float, default=1e-4, help="learning rate of pretrained weights; 0 = frozen; "
+        "release 1e-4, as for new ones")
+    add("--loss", choices=("nll", "l1"), default="l1", help="paper nll")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=10.0, help="largest norm of the gradient; inf = off; release 100")
@@ -93,7 +94,7 @@ def arguments(argv):
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     at_least(args, 1, "chunk", "steps", "batch_size", "every")
-    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "freeze_steps")
+    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "lr", "trunk_lr")
     if args.ema is not None and not 0 <= args.ema < 1:
         raise InputError(f"--ema takes a decay from 0 to below 1, got {args.ema}")
     return args
@@ -104,8 +105,8 @@ def starting_point(args):
     chosen = {name: value for name in ("policy", "policy_size", "text_encoder", "chunk")
               if (value := getattr(args, name)) is not None}
     if args.init == "scratch":
-        if args.head == "add" or args.freeze_steps:
-            raise InputError("--head add and --freeze-steps keep pretrained layers: give --init CHECKPOINT")
+        if args.head == "add":
+            raise InputError("--head add keeps a pretrained layer: give --init CHECKPOINT")
         config = {"policy": "baku", "policy_size": "tiny", "text_encoder": "hash", **chosen}
         numbers = policy_numbers(config["policy"], config.pop("policy_size"))
         return {"chunk": POLICIES[config["policy"]].CHUNK, **config, "latent_dim": 7, "latent_norm": False,
@@ -152,31 +153,6 @@ def validate(policy, data, device):
 
 
 @torch.no_grad()
-def ridge_head(policy, data, shift, most=4000):
-    """Fit the new last layer in closed form: ridge regression from the policy's features to the actions.
-
-    Windows are taken several times if there are few, each time with other shifts. Steps after the end of an
-    episode count: their actions hold still.
-    """
-    policy.eval()
-    rows, features, actions, episode = data.spaced(most), [], [], []
-    for _ in range(max(1, most // len(rows))):
-        for batch in DataLoader(Subset(data, rows), batch_size=64):
-            images = {c: random_shift(x, shift) for c, x in batch["obs"]["images"].items()}
-            features.append(policy.encode({**batch["obs"], "images": images}))        # (B, E) or (B, n, E)
-            actions.append(policy.action_norm.normalize(batch["actions"]))            # (B, n, A)
-            episode.append(batch["episode"])
-    x, y, episode = (torch.cat(rows) for rows in (features, actions, episode))
-    if policy.PER_STEP:
-        x, y, episode = x.flatten(0, 1), y.flatten(0, 1), episode.repeat_interleave(policy.chunk)
-    weight, bias = ridge_regression(x.double().numpy(), y.flatten(1).double().numpy(), episode.numpy())
-    policy.action_out.weight.copy_(torch.from_numpy(weight.T))
-    policy.action_out.bias.copy_(torch.from_numpy(bias))
-    error = (x.double().numpy() @ weight + bias - y.flatten(1).numpy())
-    print(f"ridge        {len(rows):,} windows, {len(x):,} rows, L1 {abs(error).mean():.4f}")
-
-
-@torch.no_grad()
 def average(averaged, policy, decay):
     """averaged <- decay * averaged + (1 - decay) * policy, in place; counters are copied."""
     for mean, now in zip(averaged.state_dict().values(), policy.state_dict().values()):
@@ -197,7 +173,8 @@ def main(argv=None):
     # A run that is resumed no longer needs what --init names.
     config, pretrained = (checkpoint["config"], None) if checkpoint else starting_point(args)
     train, held_out = (
-        Mixture(args.data, config["chunk"], args.weights, args.strides, split=split, demos_per_task=demos, seed=args.seed)
+        Mixture(args.data, config["chunk"], args.weights, args.strides, split=split, demos_per_task=demos,
+                seed=args.seed)
         for split, demos in (("train", args.demos_per_task), ("val", None)))
     if train.action_dim is None:
         raise InputError(f"{args.data[0]} has video only: finetuning needs actions (python prepare_data.py "
@@ -210,7 +187,7 @@ def main(argv=None):
     policy = make_policy(config if checkpoint else finetuning_config(args, config, train))
     print(f"policy       {policy.config['policy']}, chunk {policy.chunk}, {describe_size(policy)}, from "
           f"{args.init}")
-    new = checkpoint["new"] if checkpoint else []
+    new = checkpoint["new"] if checkpoint else list(policy.state_dict())
     if pretrained:
         names = init_from_pretrained(policy, pretrained, args.init)
         for kind, keys in names.items():
@@ -222,14 +199,11 @@ def main(argv=None):
     policy = policy.to(device)
     decay = policy.EMA if args.ema is None else args.ema
     averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
-    if args.head == "ridge" and not checkpoint:
-        ridge_head(policy, train, args.shift)
-    trunk_lr = args.lr if args.trunk_lr is None else args.trunk_lr
-    is_new = lambda name: not pretrained or name in new
-    optimizer = torch.optim.AdamW([
-        {"params": [p for name, p in policy.named_parameters() if is_new(name) == yes], "peak": lr}
-        for yes, lr in ((True, args.lr), (False, trunk_lr))], lr=args.lr, betas=(0.9, 0.95),
-                                  weight_decay=args.weight_decay, fused=True)
+    # DEVIATION: pretrained weights have a lower rate. With that of new ones, they move further in finetuning
+    # than in pretraining, and what they knew is lost.
+    groups = [{"params": [p for name, p in policy.named_parameters() if (name in new) == fresh], "peak": peak}
+              for fresh, peak in ((True, args.lr), (False, args.trunk_lr))]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:
         check_same(out / "last.pt", {"data": checkpoint["fingerprint"]}, {"data": train.fingerprint})
@@ -249,7 +223,7 @@ def main(argv=None):
                         pin_memory=device.type == "cuda")
     bar = tqdm(total=args.steps, initial=start, unit="step", dynamic_ncols=True, disable=rank > 0)
     clock, waited = time.time(), 0.0
-    policy.train()
+    policy_loss = for_training(policy.train().loss, args)
     for step, batch in enumerate(loader, start):
         waited += time.time() - clock
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 24))    # a CPU uses 32 bits of a seed only
@@ -257,10 +231,6 @@ def main(argv=None):
         for group in optimizer.param_groups:                                          # warm-up, cosine to 1 %
             group["lr"] = (group["peak"] * min(1, (step + 1) / max(1, args.warmup))
                            * (0.505 + 0.495 * math.cos(math.pi * step / args.steps)))
-        if step in (start, args.freeze_steps):                    # what is trained changes
-            for name, parameter in policy.named_parameters():
-                parameter.requires_grad_(step >= args.freeze_steps or name in new)
-            policy_loss = for_training(policy.loss, args)
         # DEVIATION: each image is shifted on its own, and proprioception is hidden in a share of the samples
         # (models.py): otherwise a policy from few demonstrations continues its own motion without looking.
         batch["obs"]["images"] = {c: colour_jitter(random_shift(x, args.shift), args.jitter)
@@ -283,7 +253,7 @@ def main(argv=None):
         if save or done % max(1, args.every // 10) == 0:
             numbers = to_numbers(done, {"loss": loss, **{k: share * v for k, v in logs.items()},
                                         "grad_norm/policy": norm})
-            log(done, {**numbers, "lr": optimizer.param_groups[0]["lr"],
+            log(done, {**numbers, "lr": groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
         if save and rank == 0:
             policy.eval()

@@ -400,7 +400,6 @@ class Policy(nn.Module):
                                 else nn.Identity())
         if self.head != "latent":
             self.action_norm = Normalizer(config["action_dim"])
-            self.action_scale = nn.Parameter(torch.zeros(config["action_dim"]) - 1)
         if config["proprio_dim"]:
             self.proprio_norm = Normalizer(config["proprio_dim"])
         self.last_layers(config["latent_dim"], config["action_dim"])
@@ -476,11 +475,8 @@ class Policy(nn.Module):
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
         if self.config["loss"] == "nll":
             nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
-        elif self.config["loss"] == "l1":
-            nll = (target - mu).abs()
         else:
-            scale = self.action_scale.exp()
-            nll = (target - mu).abs() / scale + self.action_scale
+            nll = (target - mu).abs()
         l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
         return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1}
 
@@ -957,7 +953,7 @@ def convolutions(layer, channels):
     modules = []
     for c_in, c_out in zip(channels, channels[1:]):
         # ASSUMPTION: norm over channels and pixels (DreamerV3: over a pixel's channels), because it is fast.
-        modules.append(nn.Sequential(layer(c_in, c_out, 4, 2, 1, bias=False), nn.GroupNorm(1, c_out), nn.SiLU()))
+        modules += [layer(c_in, c_out, 4, 2, 1, bias=False), nn.GroupNorm(1, c_out), nn.SiLU()]
     return modules
 
 
@@ -969,8 +965,8 @@ class WorldModel(nn.Module):
     UPSTREAM: the release starts at o_t+1 and zeroes the first action, so z_t has no effect. It copies the
     actions with torch.tensor(), which detaches them, so no gradient reaches its policy.
 
-    config, plain data: size, context_frame, target, predict, motion_weight, free_bits and decode_steps as in
-    `python pretrain.py --help`; image_size; action_dim Z; views V, which are concatenated as channels;
+    config, plain data: size, context_frame, gate, target, predict, motion_weight, free_bits and decode_steps
+    as in `python pretrain.py --help`; image_size; action_dim Z; views V, which are concatenated as channels;
     dyn_scale and rep_scale, the weights of the KL that trains the prior and of the one that trains the
     posterior (DreamerV3 and the release: 0.5 and 0.1).
     """
@@ -981,46 +977,41 @@ class WorldModel(nn.Module):
         size = WORLD_MODEL_SIZES[config["size"]]
         channels = image_channels(config["size"], config["image_size"])
         embed, feature = 16 * channels[-1], size["deter"] + size["stoch"] * size["classes"]
-        self.encoder = nn.ModuleList(convolutions(nn.Conv2d, [3 * config["views"], *channels]))
-        self.encoder_out = nn.Linear(embed, size["hidden"], bias=False)
+        self.encoder = nn.Sequential(*convolutions(nn.Conv2d, [3 * config["views"], *channels]), nn.Flatten(),
+                                     nn.Linear(embed, size["hidden"], bias=False))
         self.rssm = RSSM(size, config["action_dim"])
         c_out, halved = TARGETS[config["target"]]
         if halved >= len(channels):
             raise InputError(f"images of {config['image_size']} pixels are too small for --target "
                              f"{config['target']}: use larger images, or --target pixels")
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
-        self.skips = nn.ModuleList([nn.Conv2d(c, c, 1) for c in channels] if "skip" in config["decoder"] else [])
-        gate = (1 if "gate" in config["decoder"] else 0)
-        self.decoder = nn.ModuleList([*convolutions(nn.ConvTranspose2d, channels),
-                                      nn.ConvTranspose2d(channels[-1], (c_out + gate) * config["views"], 4, 2, 1)])
+        self.gate = config["gate"] and config["context_frame"]              # the gate shows o_t
+        self.decoder = nn.Sequential(*convolutions(nn.ConvTranspose2d, channels), nn.ConvTranspose2d(
+            channels[-1], (c_out + self.gate) * config["views"], 4, 2, 1))
         self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
 
     def embed(self, images):
-        """(B, T, 3V, H, W) uint8 -> (B, T, hidden), scene: o_t (B, 3V, H, W) in [0, 1] and its feature maps
-        (B, C_i, h_i, w_i), from coarse to fine."""
+        """(B, T, 3V, H, W) uint8 -> (B, T, hidden)."""
         x = images.flatten(0, 1).contiguous(memory_format=torch.channels_last).float().div_(255).sub_(0.5)
-        first, maps = slice(None, None, images.shape[1]), []
-        for layer in self.encoder:
-            x = layer(x)
-            maps.insert(0, x[first])
-        return self.encoder_out(x.flatten(1)).unflatten(0, images.shape[:2]), [images[:, 0].float() / 255, *maps]
+        return self.encoder(x).unflatten(0, images.shape[:2])
 
-    def decode(self, state, scene):
-        """(Eq. 4)  state of (B, k, D) and (B, k, S, K) -> prediction (B, k, C, h, w), see targets()."""
-        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (B, k, D + S*K)
-        b, k = features.shape[:2]
-        still, *maps = scene
-        x = self.decoder_in(features.flatten(0, 1)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
-        for i, layer in enumerate(self.decoder):
-            if self.skips:
-                x = (x.unflatten(0, (b, k)) + self.skips[i](maps[i])[:, None]).flatten(0, 1)
-            x = layer(x)
-        x = x.to(torch.float32, memory_format=torch.contiguous_format).unflatten(0, (b, k))
-        if "gate" in self.config["decoder"]:
-            v = self.config["views"]
-            x, mask = x[:, :, :-v], x[:, :, -v:].sigmoid().repeat_interleave(3, 2)
-            return mask * x.sigmoid() + (1 - mask) * still[:, None]
-        return x.sigmoid() if self.config["target"] == "pixels" else x
+    def decode(self, state, still):
+        """(Eq. 4)  state of (B, k, D) and (B, k, S, K) -> prediction (B, k, C, h, w); still (B, 1, C, h, w) and the
+        prediction are as in targets().
+
+        DEVIATION: a gate in [0, 1] per pixel and view chooses between what is drawn and the still video. The
+        state then need not describe what does not move, which its few bits blur.
+        """
+        features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (..., D + S*K)
+        x = self.decoder_in(features.flatten(0, -2)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
+        x = self.decoder(x).to(torch.float32, memory_format=torch.contiguous_format)
+        x = x.unflatten(0, features.shape[:2]).unflatten(2, (self.config["views"], -1))
+        # x (B, k, V, channels of a view and gate, h, w)
+        drawn = x[:, :, :, :TARGETS[self.config["target"]][0]]
+        drawn = drawn.sigmoid() if self.config["target"] == "pixels" else drawn
+        if self.gate:
+            drawn = torch.lerp(still.unflatten(2, drawn.shape[2:4]), drawn, x[:, :, :, -1:].sigmoid())
+        return drawn.flatten(2, 3)
 
     def context(self, embed):
         """The first state: o_t (B, hidden) -> its posterior; without a context frame h = 0, s = 0."""
@@ -1035,10 +1026,10 @@ class WorldModel(nn.Module):
         (B, n, ...) posteriors, which see each frame; with imagine=True (2B, n, ...), then priors."""
         frames, n = images.shape[1], actions.shape[1]
         assert frames == n + 1, f"{frames} frames need {frames - 1} actions, got {n}"
-        embed, scene = self.embed(images)
+        embed = self.embed(images)
         start, kinds = self.context(embed[:, 0]), 2 if imagine else 1
         states = {k: torch.cat([v] * kinds) for k, v in start.items()}
-        return start, self.rssm.unroll(states, torch.cat([actions] * kinds), embed[:, 1:]), scene
+        return start, self.rssm.unroll(states, torch.cat([actions] * kinds), embed[:, 1:])
 
     def imagine(self, state, actions):
         """Open loop, no frame is seen: first state (B, ...), (B, n, Z) -> priors (B, n, ...)."""
@@ -1079,7 +1070,7 @@ class WorldModel(nn.Module):
         decode_steps = min(n, decode_steps or n)
         # DEVIATION: the open-loop rows and their term. A posterior has seen the frame and can be decoded
         # without the action; then only the KL depends on the action, and below the free bits nothing does.
-        start, states, scene = self.observe(images, actions, imagine=predict != "posterior")
+        start, states = self.observe(images, actions, imagine=predict != "posterior")
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
         still, future = targets(images, self.config["target"])
         future = future[:, chosen]                                                    # (B, m, C, h, w)
@@ -1092,9 +1083,9 @@ class WorldModel(nn.Module):
 
         # One call decodes o_t, the frames of the posteriors and those of the priors.
         kinds = [slice(0, b)] * (predict != "prior") + [slice(-b, None)] * (predict != "posterior")
-        decoded = self.decode({k: torch.cat([start[k][:, None], *(states[k][rows, chosen] for rows in kinds)], 1)
-                               for k in ("deter", "stoch")}, scene)         # (B, 1 + kinds * m, C, h, w)
-        context = decoded[:, 0]
+        rows = {k: torch.cat([start[k][:, None], *(states[k][kind, chosen] for kind in kinds)], 1)
+                for k in ("deter", "stoch")}
+        decoded = self.decode(rows, still)                                  # (B, 1 + kinds * m, C, h, w)
         errors = (torch.stack(decoded[:, 1:].chunk(len(kinds), 1)) - future) ** 2     # (kinds, B, m, C, h, w)
         weighted = per_step(weight * errors)                                # (kinds, B, n)
 
@@ -1102,7 +1093,7 @@ class WorldModel(nn.Module):
         if self.config["context_frame"]:
             # ASSUMPTION: o_t is decoded as well, as DreamerV3 decodes every frame. The state then holds the
             # scene, and the latent actions only have to say what changes.
-            error = (context - still[:, 0]) ** 2                                      # (B, C, h, w)
+            error = (decoded[:, 0] - still[:, 0]) ** 2                                # (B, C, h, w)
             terms["context"] = error.sum((1, 2, 3))[:, None].expand(-1, n)
         if predict != "prior":
             terms["recon"] = weighted[0]
@@ -1199,11 +1190,11 @@ class ActionChunker:
 # ---- linear probe -----------------------------------------------------------------------------------------
 
 
-def ridge_regression(X, Y, episode):
-    """Linear regression with a ridge: X (N, dx), Y (N, dy) -> weight (dx, dy), bias (dy,), for X @ weight + bias.
+def ridge_probe(X, Y, X_test, episode):
+    """Linear probe by ridge regression: X (N, dx), Y (N, dy), X_test (M, dx) -> predictions (M, dy).
 
-    Columns are standardised. The ridge is chosen by 5-fold cross-validation over episodes, episode (N,), since
-    the rows of an episode are alike; with one episode it is 1.
+    Columns are standardised with the training rows, whose episodes are episode (N,). The ridge is chosen by
+    5-fold cross-validation over episodes, since the rows of an episode are alike; with one episode it is 1.
     """
     def solve(x, y, ridge):             # w = (x'x + ridge N)^-1 x'y
         return np.linalg.solve(x.T @ x + ridge * len(x) * np.eye(x.shape[1]), x.T @ y)
@@ -1212,15 +1203,14 @@ def ridge_regression(X, Y, episode):
     std_x = np.where(std_x > 1e-8, std_x, np.inf)           # a constant column becomes 0
     x, y = (X - X.mean(0)) / std_x, Y - Y.mean(0)
     episodes, number = np.unique(episode, return_inverse=True)
-    folds, ridge, ridges = min(5, len(episodes)), 1.0, (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+    folds, ridge, ridges = min(5, len(episodes)), 1.0, (10.0, 1.0, 1e-1, 1e-2, 1e-3)
     if folds > 1:
         fold = np.random.default_rng(0).permutation(len(episodes))[number] % folds    # (N,)
         inside = [fold != k for k in range(folds)]
         errors = [sum((((y[~i] - x[~i] @ solve(x[i], y[i], ridge)) / std_y) ** 2).sum() for i in inside)
                   for ridge in ridges]
         ridge = ridges[int(np.argmin(errors))]
-    weight = solve(x, y, ridge) / std_x[:, None]
-    return weight, Y.mean(0) - X.mean(0) @ weight
+    return (X_test - X.mean(0)) / std_x @ solve(x, y, ridge) + Y.mean(0)
 
 
 def r_squared(predicted, true):

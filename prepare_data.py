@@ -1489,7 +1489,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
     future          V: also return o_t .. o_t+n of the first V cameras, for the world model
     split           "all", "train" or "val", by episode, never by frame: of the episodes ordered by
                     instruction every tenth is val, so that each task gets its share
-    demos_per_task  keep the first N episodes of the split for each instruction
+    demos_per_task  keep N episodes of the split for each instruction, chosen by `seed`; 2 are a part of 5
     stride          s, frames per step: o_t, o_t+s, ..., o_t+ns. An action of s steps is the sum of its
                     changes (rotation vectors add up to first order) and the last of the other numbers
     labels          which of "actions" and "proprio" to return, if stored
@@ -1519,7 +1519,7 @@ class EpisodeDataset(torch.utils.data.Dataset):
             raise InputError(f"a stride of {stride} frames: expected 1 or more")
         self._paths = [os.path.join(self.path, shard["file"]) for shard in shards]
         self._read_index()
-        self.episodes = self._choose(split, demos_per_task, seed)      # indices into all episodes of the folder
+        self.episodes = self._choose(split, demos_per_task, seed)    # indices into all episodes of the folder
         self.num_episodes = len(self.episodes)
         longest = (int(self.lengths[self.episodes].max()) - 1) // stride
         if not 1 <= chunk <= longest:
@@ -1560,8 +1560,8 @@ class EpisodeDataset(torch.utils.data.Dataset):
             if not 1 <= demos_per_task <= len(mine):
                 raise InputError(f"{demos_per_task} demonstrations per task asked for, but {self.path} "
                                  f"({split}) has {len(mine)} of {text!r}: ask for fewer, or prepare more")
-        return np.sort(np.concatenate([
-            np.random.default_rng(seed).permutation(mine)[:demos_per_task] for mine in per_task]))
+        return np.sort(np.concatenate([np.random.default_rng(seed).permutation(mine)[:demos_per_task]
+                                       for mine in per_task]))
 
     def _rows(self, episode, key, first, count):
         """Rows first, first+1, ... of an episode's actions or proprio -> (count, D) float32."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from models import (POLICIES, TARGETS, WORLD_MODEL_SIZES, HelpFormatter, InputError, InverseDynamics, Log,
                     Normalizer, TextEncoder, WorldModel, at_least, by_position, check_agreed, check_same,
                     describe_size, for_training, make_policy, masked_mean, open_run, policy_numbers,
-                    process_mean, provenance, r_squared, random_shift, ridge_regression, run, save_checkpoint,
+                    process_mean, provenance, r_squared, random_shift, ridge_probe, run, save_checkpoint,
                     shuffled_within, start_processes, targets, to_device, to_numbers, write_atomically)
 
 import cv2
@@ -82,7 +82,8 @@ def arguments(argv):
     add("--world-model", choices=WORLD_MODEL_SIZES, default="tiny", help="size; paper 50m")
     add("--context-frame", action=argparse.BooleanOptionalAction, default=True, help="start from the "
         "posterior of o_t; paper yes")
-    add("--decoder", nargs="*", choices=("skip", "gate"), default=["skip", "gate"], help="paper: none")
+    add("--gate", action=argparse.BooleanOptionalAction, default=True, help="the decoder chooses per pixel "
+        "between what it draws and o_t; paper no")
     add("--target", choices=TARGETS, default="pixels", help="what is predicted of a frame; paper pixels")
     add("--predict", choices=("posterior", "prior", "both"), default="both", help="decode posteriors "
         "(they have seen the frame), priors (open loop) or both; paper posterior")
@@ -161,7 +162,7 @@ def build(args, train):
                         action_dim=train.action_dim or args.latent_dim, predict=args.predict,
                         target=args.target, motion_weight=args.motion_weight, free_bits=args.free_bits,
                         dyn_scale=0.5, rep_scale=0.1,              # KL balancing, as in the release
-                        decode_steps=args.decode_steps, decoder=args.decoder, context_frame=args.context_frame)
+                        decode_steps=args.decode_steps, gate=args.gate, context_frame=args.context_frame)
     modules = torch.nn.ModuleDict({"policy": make_policy(config), "world_model": WorldModel(world_config)})
     if args.latent_source == "inverse":
         modules["inverse"] = InverseDynamics(world_config)
@@ -260,8 +261,7 @@ def latent_probe(policy, probe, device):
             batches.append((z.flatten(1).cpu(), batch["actions"][:, 0], batch["episode"]))
         rows[split] = [torch.cat(column).double().numpy() for column in zip(*batches)]
     (z, actions, episode), (z_val, actions_val, _) = rows["train"], rows["val"]
-    weight, bias = ridge_regression(z, actions, episode)
-    return float(np.nanmean(r_squared(z_val @ weight + bias, actions_val)))
+    return float(np.nanmean(r_squared(ridge_probe(z, actions, z_val, episode), actions_val)))
 
 
 @torch.no_grad()
@@ -271,12 +271,12 @@ def open_loop_strip(z, world_model, batch, path):
     whole = torch.argsort(batch["is_pad"].sum(1), stable=True)[:len(z) // 2]          # the least padded clips
     rows = whole[torch.linspace(0, len(whole) - 1, 4).long()]
     frames = batch["frames"][rows]
-    embed, scene = world_model.embed(frames)
-    start = world_model.context(embed[:, 0])
+    start = world_model.context(world_model.embed(frames)[:, 0])
     imagined = world_model.imagine(start, z[rows])
+    still, future = targets(frames, world_model.config["target"])
     imagined = world_model.decode({k: torch.cat([start[k][:, None], imagined[k]], 1)
-                                   for k in ("deter", "stoch")}, scene)               # (4, n+1, C, h, w)
-    truth = torch.cat(targets(frames, world_model.config["target"]), 1)               # (4, n+1, C, h, w)
+                                   for k in ("deter", "stoch")}, still)               # (4, n+1, C, h, w)
+    truth = torch.cat([still, future], 1)                                             # (4, n+1, C, h, w)
     first = frames[:, 0, :3].float() / 255
     truth, imagined = (world_model.picture(x, first) for x in (truth, imagined))      # (4, n+1, 3, H, W)
     picture = torch.stack([truth, imagined, (2 * (truth - imagined).abs()).clamp(max=1)], 1)
