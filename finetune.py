@@ -73,7 +73,6 @@ def arguments(argv):
     add("--lr", type=float, default=5e-4, help="learning rate of new weights; release 1e-4")
     add("--trunk-lr", type=float, default=1e-4, help="learning rate of pretrained weights; 0 = frozen; "
         "release 1e-4, as for new ones")
-    add("--loss", choices=("nll", "l1"), default="l1", help="paper nll")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=10.0, help="largest norm of the gradient; inf = off; release 100")
@@ -115,8 +114,10 @@ def starting_point(args):
         raise InputError(f"--{list(chosen)[0].replace('_', '-')} goes with --init scratch: {args.init} has "
                          "its own architecture")
     checkpoint = load_checkpoint(args.init)
-    if args.head == "add" and checkpoint["config"]["head"] == "action":
-        raise InputError(f"--head add needs latent actions, but {args.init} has none: leave it out")
+    if args.head == "add" and (checkpoint["config"]["head"] == "action"
+                               or checkpoint["config"]["policy"] == "diffusion"):
+        raise InputError(f"--head add needs a policy whose last layer makes latent actions; {args.init} has "
+                         "none (a finetuned policy, or diffusion): leave it out")
     return checkpoint["config"], checkpoint["policy"]
 
 
@@ -125,7 +126,7 @@ def finetuning_config(args, start, data):
     InputError when the pretrained policy needs an input that they do not have."""
     config = {**start, "image_size": data.image_size, "cameras": data.cameras, "action_dim": data.action_dim,
               "proprio_dim": None if args.no_proprio else data.proprio_dim,
-              "proprio_dropout": args.proprio_dropout, "loss": args.loss,
+              "proprio_dropout": args.proprio_dropout,
               "head": "add" if args.head == "add" else "action"}
 
     def needs(c):

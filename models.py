@@ -372,8 +372,7 @@ class Policy(nn.Module):
     config["head"] says what the last layer of the network produces:
         latent  latent actions (B, n, Z) for the world model (stage 1)
         action  actions (B, n, A), by a new last layer (stage 2, the paper's choice)
-        add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative;
-                in Diffusion Policy by new layers before and after its network)
+        add     actions (B, n, A), by a new layer after the latent actions (stage 2, the paper's alternative)
     The other keys are policy (name in POLICIES), cameras, image_size, chunk, text_encoder, proprio_dim (or
     None), action_dim (or None), latent_dim, latent_norm, proprio_dropout, and one entry of the class's SIZES.
 
@@ -461,9 +460,7 @@ class Policy(nn.Module):
         return actions.view(-1, self.chunk, self.config["action_dim"])
 
     def bound(self, actions):
-        if self.config["loss"] == "nll":
-            return torch.tanh(actions)
-        return actions if self.training else actions.clamp(-1, 1)
+        return torch.tanh(actions)
 
     def loss(self, batch):
         """Negative log-likelihood of the demonstrated actions: batch -> scalar, {name: scalar} for the log.
@@ -473,10 +470,7 @@ class Policy(nn.Module):
         target = self.action_norm.normalize(batch["actions"])
         mu = self.to_actions(self.encode(batch["obs"]))
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
-        if self.config["loss"] == "nll":
-            nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
-        else:
-            nll = (target - mu).abs()
+        nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
         l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
         return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1}
 
@@ -597,8 +591,8 @@ class DiffusionPolicy(Policy):
         ^a = sqrt(ab) x - sqrt(1 - ab) v                the clean chunk
     A network that predicts e must first learn to copy x, and its ^a divides by sqrt(ab) = 0.0005 at tau = 99.
 
-    The latent action is ^a of a single call on pure noise (tau = 99), bounded as in every policy. Unrolling
-    the sampler was slower and its latents less informative. UPSTREAM: x - ^e of a single call, unbounded.
+    DEVIATION: a linear layer makes the latent actions from the condition, and the U-Net begins in stage 2.
+    UPSTREAM: x - ^e of a single call of the U-Net on pure noise, so it unlearns all other noise levels.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256,
                            draws=2),                                                        # 51 million
@@ -619,9 +613,9 @@ class DiffusionPolicy(Policy):
         self.camera_mix = nn.ModuleList([nn.Linear(width, width) for _ in self.cameras])
         if config["proprio_dim"]:
             self.proprio_mix = nn.Linear(width, width)
-        # What stage 2 adds starts at zero: at first the condition is that of stage 1.
+        # What stage 2 adds starts near zero: at first the condition is that of stage 1.
         for layer in [*self.camera_mix[1:], *([self.proprio_mix] if config["proprio_dim"] else [])]:
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=1e-3), nn.init.zeros_(layer.bias)
         if self.head != "latent":
             self.action_step = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
             self.action_unet = UNet1D(config["down"], step + 2 * width)
@@ -631,8 +625,6 @@ class DiffusionPolicy(Policy):
         self.register_buffer("alpha_bar", (1 - betas).cumprod(0), persistent=False)   # (STEPS,)
 
     def last_layers(self, latent, action):
-        """DEVIATION: a linear layer makes the latent actions from the condition; the U-Net is new in stage 2.
-        Pretraining could only call it on pure noise (UPSTREAM does), which makes it a worse denoiser."""
         width, first = self.config["width"], self.config["down"][0]
         if self.head == "latent":
             self.latent_out = nn.Linear(2 * width, self.chunk * latent, bias=not self.config["latent_norm"])
@@ -645,16 +637,8 @@ class DiffusionPolicy(Policy):
         layers = [*self.camera_mix, *([self.proprio_mix] if self.config["proprio_dim"] else [])]
         return torch.cat([sum(layer(x) for layer, x in zip(layers, rest)), instruction], -1)
 
-    def noise(self, condition, width):
-        """Initial noise (B, n, width): drawn in training; in eval mode always the same, so that latents and
-        actions are functions of the observation."""
-        if self.training:
-            return torch.randn(len(condition), self.chunk, width, device=condition.device)
-        fixed = torch.randn(self.chunk, width, generator=torch.Generator().manual_seed(0))
-        return fixed.to(condition.device).expand(len(condition), -1, -1)
-
     def velocity(self, x, tau, condition):
-        """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A); in stage 1 Z, not A."""
+        """v(x, tau, o): x (B, n, A), tau (B,) int, condition (B, 2E) -> (B, n, A)."""
         half = self.config["step_width"] // 2
         frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angles = tau[:, None] * frequencies                                           # (B, step_width / 2)
@@ -669,8 +653,12 @@ class DiffusionPolicy(Policy):
         return ab.sqrt() * x - (1 - ab).sqrt() * velocity, (1 - ab).sqrt() * x + ab.sqrt() * velocity
 
     def to_actions(self, condition, noise=None):
-        """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> (B, n, A) in [-1, 1]."""
-        x = self.noise(condition, self.config["action_dim"]) if noise is None else noise
+        """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> (B, n, A) in [-1, 1].
+        Without noise it always takes the same, so that actions are functions of the observation."""
+        if noise is None:
+            size, fixed = (self.chunk, self.config["action_dim"]), torch.Generator().manual_seed(0)
+            noise = torch.randn(size, generator=fixed).to(condition.device).expand(len(condition), *size)
+        x = noise
         taus = torch.linspace(self.STEPS - 1, 0, self.SAMPLER_STEPS).round().long().tolist()
         for tau, after in zip(taus, [*taus[1:], 0]):            # the x of the last step is not used
             tau = torch.full((len(x),), tau, device=x.device)
@@ -996,8 +984,8 @@ class WorldModel(nn.Module):
         return self.encoder(x).unflatten(0, images.shape[:2])
 
     def decode(self, state, still):
-        """(Eq. 4)  state of (B, k, D) and (B, k, S, K) -> prediction (B, k, C, h, w); still (B, 1, C, h, w) and the
-        prediction are as in targets().
+        """(Eq. 4)  state of (B, k, D) and (B, k, S, K), still (B, 1, C, h, w) -> (B, k, C, h, w), both as
+        in targets().
 
         DEVIATION: a gate in [0, 1] per pixel and view chooses between what is drawn and the still video. The
         state then need not describe what does not move, which its few bits blur.

@@ -188,8 +188,9 @@ def painter(obeys):
         return torch.stack([torch.stack([frame.roll(int(x), -1) for x in row])
                             for frame, row in zip(first, shift)]).float() / 255
 
-    world = SimpleNamespace(embed=lambda x: x, context=lambda x: x, imagine=imagine, decode=lambda x: x,
-                            picture=lambda future, first: future, load_state_dict=lambda weights: None)
+    world = SimpleNamespace(embed=lambda x: x, context=lambda x: x, imagine=imagine,
+                            decode=lambda future, still: future, picture=lambda future, first: future,
+                            load_state_dict=lambda weights: None)
     world.to = world.eval = lambda *device: world
     return world
 

@@ -156,9 +156,14 @@ def test_split_by_episode_is_stable_and_covers_every_task(tmp_path):
     train, val, everything = (EpisodeDataset(tmp_path / "d", 1, split=s) for s in ("train", "val", "all"))
     assert sorted([*train.episodes, *val.episodes]) == list(everything.episodes) == list(range(40))
     assert val.episodes.tolist() == [18, 19, 38, 39]                      # two of each task, always
-    few = EpisodeDataset(tmp_path / "d", 1, split="train", demos_per_task=3)
-    assert few.episodes.tolist() == [0, 1, 2, 3, 4, 5]
-    assert {item["episode"] for item in few} == {0, 1, 2, 3, 4, 5}
+
+    def few(count, seed):
+        return EpisodeDataset(tmp_path / "d", 1, split="train", demos_per_task=count, seed=seed)
+
+    assert sorted(few(3, 1).episodes % 2) == [0, 0, 0, 1, 1, 1], "three of each task"
+    assert set(few(3, 1).episodes) < set(few(5, 1).episodes) < set(train.episodes), "nested"
+    assert few(3, 1).episodes.tolist() == few(3, 1).episodes.tolist() != few(3, 2).episodes.tolist()
+    assert {item["episode"] for item in few(3, 1)} == set(few(3, 1).episodes)
     error(lambda: EpisodeDataset(tmp_path / "d", 1, split="train", demos_per_task=19), 19, 18, "push the box")
     convert(tmp_path / "two", lengths=[3, 3])
     assert [EpisodeDataset(tmp_path / "two", 1, split=s).num_episodes for s in ("train", "val")] == [1, 1]

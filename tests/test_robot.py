@@ -8,14 +8,20 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 import robot
-from models import InputError
+from models import POLICIES, InputError, make_policy
 from robot import TASKS, THINGS, TOOL_DOWN, Expert, TwinEnv, expert_episode
 
 needs_gl = pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable",
                               reason="no OpenGL: apt-get install libegl1 libgl1 libosmesa6")
+SMALL = dict(cameras=["front"], image_size=32, chunk=2, text_encoder="hash", proprio_dim=None, action_dim=2,
+             latent_dim=2, latent_norm=False, head="action", proprio_dropout=0.0)
+SMALL_SIZES = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
+               "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
+               "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, draws=4)}
 HOLD = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 
@@ -234,3 +240,41 @@ def test_a_process_that_rendered_exits_quietly():
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(robot.__file__).parent, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@needs_gl
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_instruction_chooses_between_two_cups_of_one_scene(policy):
+    """Either cup may be asked for. The policy learns where the named cup stands; on new starts it must come
+    nearer to that one. A policy that gets no words is right half of the time."""
+    env, images, places = TwinEnv(cameras=("front",), image_size=32), [], []
+    for start in range(60):
+        images.append(env.reset("stack_cups", start)["images"]["front"])
+        places.append([env.position(cup)[:2] for cup in ("blue_cup", "white_cup")])
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)                   # (60, 3, 32, 32)
+    places = torch.tensor(np.array(places), dtype=torch.float32)                      # (60, cups, 2)
+
+    def share_right(words, steps=150):
+        torch.manual_seed(0)
+        model = make_policy({**SMALL, "policy": policy, **SMALL_SIZES[policy]})
+        model.action_norm.fit({"min": places.amin((0, 1)), "max": places.amax((0, 1))})
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            rows, cup = torch.randint(44, (16,)), torch.randint(2, (16,))
+            batch = {"obs": {"images": {"front": images[rows]}, "instruction": [words[k] for k in cup]},
+                     "actions": places[rows, cup][:, None].repeat(1, 2, 1),           # (16, n, 2)
+                     "is_pad": torch.zeros(16, 2, dtype=torch.bool)}
+            optimizer.zero_grad()
+            model.loss(batch)[0].backward()
+            optimizer.step(), schedule.step()
+        model.eval()
+        nearer = []
+        for k in (0, 1):
+            target = model.act({"images": {"front": images[44:]}, "instruction": [words[k]] * 16})[:, :1]
+            distance = (target - places[44:]).norm(dim=-1)                            # (16, cups)
+            nearer.append(distance[:, k] < distance[:, 1 - k])
+        return torch.cat(nearer).float().mean()
+
+    assert share_right(("pick the blue cup", "pick the white cup")) > 0.9
+    assert share_right(("", "")) < 0.7
