@@ -254,7 +254,7 @@ def main(argv=None):
         if save or done % max(1, args.every // 10) == 0:
             numbers = to_numbers(done, {"loss": loss, **{k: share * v for k, v in logs.items()},
                                         "grad_norm/policy": norm})
-            log(done, {**numbers, "lr": groups[0]["lr"],
+            log(done, {**numbers, "lr": optimizer.param_groups[0]["lr"],
                        "waiting": waited / max(bar.format_dict["elapsed"], 1e-9)})
         if save and rank == 0:
             policy.eval()

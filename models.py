@@ -617,8 +617,8 @@ class DiffusionPolicy(Policy):
         for layer in [*self.camera_mix[1:], *([self.proprio_mix] if config["proprio_dim"] else [])]:
             nn.init.normal_(layer.weight, std=1e-3), nn.init.zeros_(layer.bias)
         if self.head != "latent":
-            self.action_step = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
-            self.action_unet = UNet1D(config["down"], step + 2 * width)
+            self.noise_step = nn.Sequential(nn.Linear(step, 4 * step), nn.Mish(), nn.Linear(4 * step, step))
+            self.noise_unet = UNet1D(config["down"], step + 2 * width)
         # alpha_bar(tau) = cos^2((tau / T + 0.008) / 1.008 * pi / 2), with every beta at most 0.999
         ab = [math.cos((t / self.STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(self.STEPS + 1)]
         betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(ab, ab[1:])])
@@ -642,9 +642,9 @@ class DiffusionPolicy(Policy):
         half = self.config["step_width"] // 2
         frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=x.device))
         angles = tau[:, None] * frequencies                                           # (B, step_width / 2)
-        step = self.action_step(torch.cat([angles.sin(), angles.cos()], -1))
+        step = self.noise_step(torch.cat([angles.sin(), angles.cos()], -1))
         x = self.action_in(x).transpose(1, 2)                                         # (B, down[0], n)
-        x = self.action_unet(x, torch.cat([step, condition], -1))
+        x = self.noise_unet(x, torch.cat([step, condition], -1))
         return self.action_out(x.transpose(1, 2))
 
     def split(self, x, tau, velocity):
@@ -1453,8 +1453,8 @@ def load_policy(path, device="cpu", stage=None):
 def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
-    Action layers, style, cameras and proprioception may be new; action layers, style and latent layers may be
-    unused. InputError for anything else, and for a tensor of another shape: another architecture.
+    Action layers, denoiser, style, cameras and proprioception may be new; action layers, style and latent
+    layers may be unused. InputError for anything else, and for a tensor of another shape: another architecture.
     UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
     not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
@@ -1463,7 +1463,7 @@ def init_from_pretrained(policy, weights, path):
     loaded = [k for k in own if k in weights and not re.search(r"\b(style_)?action_", k)]
     new, unused = [k for k in own if k not in loaded], [k for k in weights if k not in loaded]
     wrong = ([k for k in loaded if own[k].shape != weights[k].shape]
-             + [k for k in new if not re.search(r"\b(action|style|camera|proprio)_", k)]
+             + [k for k in new if not re.search(r"\b(action|style|noise|camera|proprio)_", k)]
              + [k for k in unused if not re.search(r"\b(action|style|latent)_", k)])
     if wrong:
         theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))

@@ -646,7 +646,7 @@ def test_a_torn_last_line_is_removed_and_a_bad_one_is_an_error(tmp_path):
 @pytest.mark.parametrize("policy, more", (
     ("baku", set()),
     ("act", {"style_action_in", "style_token", "style_places", "style_encoder", "style_out", "style_in"}),
-    ("diffusion", {"action_in", "action_step", "action_unet", "camera_mix", "proprio_mix"})))
+    ("diffusion", {"action_in", "noise_step", "noise_unet", "camera_mix", "proprio_mix"})))
 def test_finetuning_keeps_the_trunk_and_renews_the_last_layer(policy, more):
     source, target = new(policy=policy), new("action", BOTH, 7, policy=policy)
     names = m.init_from_pretrained(target, source.state_dict(), "x.pt")
