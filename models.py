@@ -1454,7 +1454,7 @@ def init_from_pretrained(policy, weights, path):
     """Copy pretrained weights into a policy for finetuning -> {"loaded" | "new" | "unused": [names]}.
 
     Action layers, denoiser, style, cameras and proprioception may be new; action layers, style and latent
-    layers may be unused. InputError for anything else, and for a tensor of another shape: another architecture.
+    layers may be unused. InputError for anything else, and for tensors of other shapes: another architecture.
     UPSTREAM: the release copies the last layer as well when the widths agree, skips with a warning what does
     not fit, and trains from scratch without a word when the checkpoint cannot be read.
     """
