@@ -592,7 +592,7 @@ class DiffusionPolicy(Policy):
     A network that predicts e must first learn to copy x, and its ^a divides by sqrt(ab) = 0.0005 at tau = 99.
 
     DEVIATION: a linear layer makes the latent actions from the condition, and the U-Net begins in stage 2.
-    UPSTREAM: x - ^e of a single call of the U-Net on pure noise, so it unlearns all other noise levels.
+    UPSTREAM: x - ^e of a single call of the U-Net on pure noise, the only noise level it is pretrained on.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256,
                            draws=2),                                                        # 51 million

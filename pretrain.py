@@ -5,7 +5,7 @@
     python pretrain.py --smoke                   # a few steps, to see that everything runs
     python pretrain.py --resume                  # continue a stopped run; the result is the same
     python pretrain.py --data data/bridge data/ssv2 --probe-data none --policy-size paper --world-model 50m
-    python pretrain.py --predict posterior --motion-weight 0 --latent-norm none  # the paper's plain objective
+    python pretrain.py --predict posterior --motion-weight 0 --latent-norm none --no-gate  # the paper's
     python pretrain.py --policy diffusion        # or act; everything else stays the same
     python pretrain.py --latents zero            # a control: the world model learns, the policy does not
     torchrun --nproc-per-node 8 pretrain.py --batch-size 256    # eight GPUs, each with 32 windows of a batch
@@ -83,7 +83,7 @@ def arguments(argv):
     add("--context-frame", action=argparse.BooleanOptionalAction, default=True, help="start from the "
         "posterior of o_t; paper yes")
     add("--gate", action=argparse.BooleanOptionalAction, default=True, help="the decoder chooses per pixel "
-        "between what it draws and o_t; paper no")
+        "between what it draws and o_t; off with --no-context-frame; paper no")
     add("--target", choices=TARGETS, default="pixels", help="what is predicted of a frame; paper pixels")
     add("--predict", choices=("posterior", "prior", "both"), default="both", help="decode posteriors "
         "(they have seen the frame), priors (open loop) or both; paper posterior")

@@ -49,7 +49,8 @@ def test_every_policy_goes_through_all_stages(data, tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("flags", [
     "--no-context-frame --predict prior --target difference --latent-dim 3",
-    "--predict posterior --motion-weight 0 --latent-norm none --free-bits 0 --decode-steps 0",
+    "--predict posterior --motion-weight 0 --latent-norm none --free-bits 0 --decode-steps 0 "
+    "--no-gate",
     "--views all --target features --world-model 1m",
     "--latent-source inverse --target flow",
     "--latents shuffled --shift 0"])
