@@ -526,7 +526,7 @@ class ACT(Policy):
         width, block = config["width"], (config["width"], config["heads"], config["dropout"])
         self.tokens = ObservationTokens(config)
         self.encoder = nn.Sequential(*[TransformerBlock(*block) for _ in range(config["layers"])])
-        self.queries = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
+        self.queries = nn.Parameter(torch.randn(config["chunk"], width))       # as the original
         self.decoder = nn.ModuleList([TransformerBlock(*block, memory=True)
                                       for _ in range(config["decoder_layers"])])
         self.norm = nn.LayerNorm(width)
@@ -537,7 +537,7 @@ class ACT(Policy):
             self.kl_weight = 1 / (config["chunk"] * config["action_dim"])
             self.style_action_in = nn.Linear(config["action_dim"], width)
             self.style_token = nn.Parameter(0.02 * torch.randn(width))
-            self.style_places = nn.Parameter(0.02 * torch.randn(config["chunk"], width))
+            self.style_places = nn.Parameter(torch.randn(config["chunk"], width))
             self.style_encoder = nn.ModuleList([TransformerBlock(*block) for _ in range(config["layers"])])
             self.style_out = nn.Linear(width, 2 * config["style"])
             self.style_in = nn.Linear(config["style"], width, bias=False)             # style 0 -> token 0
