@@ -407,7 +407,8 @@ class Policy(nn.Module):
         """Create the layers that stage 2 renews. All others keep their weights from stage to stage."""
         width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
         if self.head != "action":       # a bias would be cancelled by the BatchNorm
-            self.latent_out = nn.Linear(width, rows * latent, bias=not self.config["latent_norm"])
+            self.latent_out = nn.Linear(width * self.chunk // rows, self.chunk * latent,
+                                        bias=not self.config["latent_norm"])
         if self.head != "latent":
             self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
 
@@ -440,8 +441,9 @@ class Policy(nn.Module):
         return self.to_latents(self.encode(obs))
 
     def to_latents(self, features):
-        """Features -> latent actions (B, n, Z)."""
-        return self.squash(self.latent_out(features).view(-1, self.chunk, self.config["latent_dim"]))
+        """Features -> latent actions (B, n, Z). With PER_STEP, each depends on the features of all steps."""
+        z = self.latent_out(features.flatten(1))                                      # (B, n * Z)
+        return self.squash(z.view(-1, self.chunk, self.config["latent_dim"]))
 
     def squash(self, z):
         """Bound latent actions, as the world model expects: (B, n, Z) -> (B, n, Z) in (-1, 1).
@@ -1056,8 +1058,8 @@ class WorldModel(nn.Module):
         """
         b, n = actions.shape[:2]
         decode_steps = min(n, decode_steps or n)
-        # DEVIATION: the open-loop rows and their term. A posterior has seen the frame and can be decoded
-        # without the action; then only the KL depends on the action, and below the free bits nothing does.
+        # DEVIATION: frames are decoded from priors, open loop. A posterior has seen the frame and can be
+        # decoded without the action; then only the KL depends on the action, and only above the free bits.
         start, states = self.observe(images, actions, imagine=predict != "posterior")
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
         still, future = targets(images, self.config["target"])

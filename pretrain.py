@@ -85,13 +85,13 @@ def arguments(argv):
     add("--gate", action=argparse.BooleanOptionalAction, default=True, help="the decoder chooses per pixel "
         "between what it draws and o_t; off with --no-context-frame; paper no")
     add("--target", choices=TARGETS, default="pixels", help="what is predicted of a frame; paper pixels")
-    add("--predict", choices=("posterior", "prior", "both"), default="both", help="decode posteriors "
+    add("--predict", choices=("posterior", "prior", "both"), default="prior", help="decode posteriors "
         "(they have seen the frame), priors (open loop) or both; paper posterior")
     add("--motion-weight", type=float, default=10.0, help="extra weight of moving pixels; 0 = off, paper")
     add("--free-bits", type=float, default=1.0, help="KL without penalty, nats per step; 0 = off; paper 1")
-    add("--decode-steps", type=int, default=4, help="frames decoded per window, at random; 0 = all, paper")
+    add("--decode-steps", type=int, default=2, help="frames decoded per window, at random; 0 = all, paper")
     add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=800, help="optimiser steps")
+    add("--steps", type=int, default=1000, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=3e-4, help="learning rate of the policy; release 1e-4")
     add("--world-model-lr", type=float, default=1e-3, help="learning rate of the world model; release 1e-4")

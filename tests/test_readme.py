@@ -91,7 +91,7 @@ def runs(data, tmp_path_factory):
             (pretrain, "pretrain", ["--data", data.video, "--probe-data", data.robot]),
             (finetune, "finetune", ["--data", data.robot, "--init", str(root / "pretrain" / "last.pt")]),
             (pretrain, "inverse", ["--data", data.robot, "--probe-data", "none", "--policy", "act",
-                                   "--latent-source", "inverse"]),
+                                   "--predict", "both", "--latent-source", "inverse"]),
             (finetune, "act", ["--data", data.robot, "--init", "scratch", "--policy", "act"])):
         stage.main(["--smoke", "--device", "cpu", "--out", str(root / name), *flags])
     return root
