@@ -13,7 +13,7 @@
 The policy sees the first frame and the instruction and emits n latent actions. The world model must predict
 the next n frames from that frame and those latent actions. One optimiser trains both. The script writes
 last.pt, metrics.jsonl, TensorBoard events and open_loop.png (predictions for held-out clips) to --out. The
-default run takes 4 minutes and 1.8 GB on two CPU cores (measured). On a GPU: not run.
+default run takes 4.5 minutes and 1.7 GB on two CPU cores (measured). On a GPU: not run.
 
 ASSUMPTION: a chunk is n frames of one dataset. With several datasets, strides make it span about the same
 time in each (--strides). The paper does not say how it treats different frame rates, nor how it weighs its
