@@ -14,7 +14,7 @@ choice). The architecture comes from the checkpoint. Cameras and proprioception 
 have are added; everything new is printed by name. The script writes last.pt, metrics.jsonl and TensorBoard
 events to --out. A checkpoint of this script can be --init as well: after training from scratch on all
 demonstrations, that is the paper's supervised baseline.
-The default run takes 3 minutes and 0.8 GB on two CPU cores (measured). On a GPU: not run.
+The default run takes 3.5 minutes and 0.8 GB on two CPU cores (measured). On a GPU: not run.
 """
 import argparse
 import copy

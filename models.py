@@ -405,12 +405,13 @@ class Policy(nn.Module):
 
     def last_layers(self, latent, action):
         """Create the layers that stage 2 renews. All others keep their weights from stage to stage."""
-        width, rows = self.config["width"], 1 if self.PER_STEP else self.chunk
+        width, rows = self.config["width"], self.chunk if self.PER_STEP else 1        # rows of features
         if self.head != "action":       # a bias would be cancelled by the BatchNorm
-            self.latent_out = nn.Linear(width * self.chunk // rows, self.chunk * latent,
+            self.latent_out = nn.Linear(rows * width, self.chunk * latent,
                                         bias=not self.config["latent_norm"])
         if self.head != "latent":
-            self.action_out = nn.Linear(width if self.head == "action" else rows * latent, rows * action)
+            steps = self.chunk // rows                                                # actions per row
+            self.action_out = nn.Linear(width if self.head == "action" else steps * latent, steps * action)
 
     @torch.compiler.disable             # new words would make --compile compile again in every step
     def preprocess(self, obs):
@@ -1058,7 +1059,7 @@ class WorldModel(nn.Module):
         """
         b, n = actions.shape[:2]
         decode_steps = min(n, decode_steps or n)
-        # DEVIATION: frames are decoded from priors, open loop. A posterior has seen the frame and can be
+        # DEVIATION: by default frames are decoded from priors. A posterior has seen the frame and can be
         # decoded without the action; then only the KL depends on the action, and only above the free bits.
         start, states = self.observe(images, actions, imagine=predict != "posterior")
         chosen = torch.randperm(n, device=images.device)[:decode_steps]               # m frames to decode
