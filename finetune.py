@@ -50,7 +50,7 @@ def arguments(argv):
     add("--demos-per-task", type=int, help="use N demonstrations of each task, which --seed "
         "chooses; 2 are a part of 5 (default: all)")
     add("--no-proprio", action="store_true", help="ignore the proprioception of the data")
-    add("--shift", type=int, default=4, help="random shift of each image, pixels; 0 = off")
+    add("--shift", type=int, default=2, help="random shift of each image, pixels; 0 = off")
     add("--jitter", type=float, default=0.0, help="brightness, contrast and saturation of each image are "
         "multiplied by up to 1 +- this; 0 = off; release 0.3 on LIBERO")
     add("--workers", type=int, default=1, help="loader processes; 0 = none; on a GPU 8, for each GPU")

@@ -128,11 +128,14 @@ class Normalizer(nn.Module):
         super().__init__()
         self.register_buffer("low", -torch.ones(dim))
         self.register_buffer("high", torch.ones(dim))
+        self.register_buffer("std", torch.ones(dim))        # of the normalised data
 
     def fit(self, statistics):
-        """statistics {"min": (dim,), "max": (dim,)}, as stored in a dataset."""
+        """statistics {"min", "max", "std"}, (dim,) each."""
         self.low.copy_(torch.as_tensor(statistics["min"]))
         self.high.copy_(torch.as_tensor(statistics["max"]))
+        half = (self.high - self.low) / 2
+        self.std.copy_(torch.where(half > 1e-6, torch.as_tensor(statistics["std"]) / half, 1))
 
     def normalize(self, x):
         half = (self.high - self.low) / 2
@@ -250,10 +253,11 @@ class FiLMBlock(nn.Module):
 
 class ResNet18FiLM(nn.Module):
     """One image -> one token: the first half of ResNet-18 (stem, stages 1 and 2; UPSTREAM: the same) with
-    FiLM, then a spatial softmax, which turns each feature map into the expected x and y of its activation.
+    FiLM. A linear layer reads every cell of the last map, reduced to 16 channels. (With a spatial softmax,
+    policies did not learn to correct along x: figures/trials.csv.)
 
     DEVIATION: no ImageNet weights, so nothing needs a download. Images below 128 pixels skip the max-pooling
-    of the stem, so that the last feature map has at least 16 x 16 cells: grasping depends on localisation.
+    of the stem, so that the map has at least 16 x 16 cells: grasping depends on localisation.
     """
 
     def __init__(self, image_size, channels, width):
@@ -264,7 +268,8 @@ class ResNet18FiLM(nn.Module):
         self.blocks = nn.ModuleList([
             FiLMBlock(channels, channels, 1, width), FiLMBlock(channels, channels, 1, width),
             FiLMBlock(channels, 2 * channels, 2, width), FiLMBlock(2 * channels, 2 * channels, 1, width)])
-        self.out = nn.Linear(4 * channels, width)
+        side = -(-image_size // (8 if image_size >= 128 else 4))                      # cells, rounded up
+        self.reduce, self.out = nn.Conv2d(2 * channels, 16, 1), nn.Linear(16 * side ** 2, width)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images, cond):
@@ -275,9 +280,7 @@ class ResNet18FiLM(nn.Module):
         x = self.pool(F.relu(self.stem_norm(self.stem(x))))
         for block in self.blocks:
             x = block(x, cond)                                                        # (B, C, h, w)
-        p = x.flatten(2).softmax(-1).view(x.shape)                                    # sums to 1 over h and w
-        ys, xs = (torch.linspace(-1, 1, side, device=x.device) for side in x.shape[2:])
-        return self.out(torch.cat([(p.sum(2) * xs).sum(-1), (p.sum(3) * ys).sum(-1)], 1))            # 2C -> E
+        return self.out(self.reduce(x).flatten(1))                                    # (B, 16 h w) -> (B, E)
 
 
 class TransformerBlock(nn.Module):
@@ -386,7 +389,7 @@ class Policy(nn.Module):
     EXECUTE = 0         # default of evaluate.py --execute: actions per chunk; 0 = temporal ensembling
     EMA = 0.0           # default of finetune.py --ema: decay of the averaged weights; 0 = no averaging
     PER_STEP = False
-    STD = 0.1           # of the likelihood of normalised actions; fixed (UPSTREAM and BAKU: the same)
+    STD = 0.2           # of the likelihood (Eq. 6), in standard deviations of each number of the actions
 
     def __init__(self, config):
         super().__init__()
@@ -473,7 +476,10 @@ class Policy(nn.Module):
         target = self.action_norm.normalize(batch["actions"])
         mu = self.to_actions(self.encode(batch["obs"]))
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
-        nll = 0.5 * ((target - mu) / self.STD) ** 2 + math.log(self.STD * math.sqrt(2 * math.pi))  # (B, n, A)
+        # DEVIATION: each number has its own std. With one for all (UPSTREAM and BAKU) the gripper,
+        # open or closed, has most of the loss, and corrections of a few millimetres are not learnt.
+        std = self.STD * self.action_norm.std                                         # (A,)
+        nll = 0.5 * ((target - mu) / std) ** 2 + torch.log(std * math.sqrt(2 * math.pi))           # (B, n, A)
         l1 = masked_mean((target - mu).detach().abs().mean(-1), batch["is_pad"])
         return masked_mean(nll.mean(-1), batch["is_pad"]), {"l1": l1}
 
@@ -490,8 +496,8 @@ class BAKU(Policy):
 
     UPSTREAM: causal attention, which is equivalent without a history and with the query last.
     """
-    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),   # 7.6 million parameters
-             "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}    # 1.0
+    SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),   # 8.6 million parameters
+             "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}    # 1.5
 
     def __init__(self, config):
         super().__init__(config)
@@ -517,10 +523,10 @@ class ACT(Policy):
     style is 0, the mean of its prior.
 
     DEVIATION: padded steps are masked, all decoder layers are used (the original builds seven and uses one),
-    and a camera is one token, not its feature map.
+    a camera is one token, not its feature map, and errors are in standard deviations of each number.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
-                           style=32),   # 31 million parameters, as in the original; LAWM's paper has no ACT
+                           style=32),   # 33 million parameters; LAWM's paper has no ACT
              "tiny": dict(width=128, layers=2, decoder_layers=1, heads=4, channels=32, dropout=0.1, style=16)}
     PER_STEP = True
 
@@ -577,11 +583,12 @@ class ACT(Policy):
         target, obs = self.action_norm.normalize(batch["actions"]), self.preprocess(batch["obs"])
         mean, log_var = self.infer_style(obs, target, batch["is_pad"])
         style = mean + (log_var / 2).exp() * torch.randn_like(mean)
-        error = (target - self.to_actions(self.features(obs, style))).abs().mean(-1)  # (B, n)
-        l1 = masked_mean(error, batch["is_pad"])
-        # L = mean |a - mu(o_t, instruction, style)| over the valid steps + weight * KL(q(style) || N(0, I))
+        error = (target - self.to_actions(self.features(obs, style))).abs()           # (B, n, A)
+        # L = mean |a - mu(o_t, instruction, style)| / std (valid steps) + weight * KL(q(style) || N(0, I))
+        nll = masked_mean((error / self.action_norm.std).mean(-1), batch["is_pad"])
         kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1).mean()
-        return l1 + self.kl_weight * kl, {"l1": l1.detach(), "style_kl": kl.detach()}
+        l1 = masked_mean(error.detach().mean(-1), batch["is_pad"])
+        return nll + self.kl_weight * kl, {"l1": l1, "style_kl": kl.detach()}
 
 
 class DiffusionPolicy(Policy):
@@ -594,12 +601,13 @@ class DiffusionPolicy(Policy):
         ^a = sqrt(ab) x - sqrt(1 - ab) v                the clean chunk
     A network that predicts e must first learn to copy x, and its ^a divides by sqrt(ab) = 0.0005 at tau = 99.
 
-    DEVIATION: a linear layer makes the latent actions from the condition, and the U-Net begins in stage 2.
+    DEVIATION: a is in standard deviations of each number. A linear layer makes the latent actions from the
+    condition, and the U-Net begins in stage 2.
     UPSTREAM: x - ^e of a single call of the U-Net on pure noise, the only noise level it is pretrained on.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256,
-                           draws=2),                                                        # 51 million
-             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32, draws=8)}       # 1.5
+                           draws=2),                                                        # 52 million
+             "tiny": dict(width=128, channels=32, down=(32, 64, 128), step_width=32, draws=8)}       # 2.0
     CHUNK, EXECUTE, EMA = 16, 8, 0.9999       # the original's. UPSTREAM: executes the mean of live chunks
     STEPS, SAMPLER_STEPS = 100, 10
 
@@ -661,15 +669,15 @@ class DiffusionPolicy(Policy):
         if noise is None:
             size, fixed = (self.chunk, self.config["action_dim"]), torch.Generator().manual_seed(0)
             noise = torch.randn(size, generator=fixed).to(condition.device).expand(len(condition), *size)
-        x = noise
+        x, limit = noise, 1 / self.action_norm.std
         taus = torch.linspace(self.STEPS - 1, 0, self.SAMPLER_STEPS).round().long().tolist()
         for tau, after in zip(taus, [*taus[1:], 0]):            # the x of the last step is not used
             tau = torch.full((len(x),), tau, device=x.device)
             a, noise = self.split(x, tau, self.velocity(x, tau, condition))
-            a, ab = a.clamp(-1, 1), self.alpha_bar[after]
+            a, ab = torch.clamp(a, -limit, limit), self.alpha_bar[after]
             # x <- sqrt(ab') ^a + sqrt(1 - ab') ^e, where ab' belongs to the next step
             x = ab.sqrt() * a + (1 - ab).sqrt() * noise
-        return a
+        return a * self.action_norm.std
 
     def to_latents(self, condition):
         return super().to_latents(F.mish(condition))
@@ -681,7 +689,7 @@ class DiffusionPolicy(Policy):
         encoder. The paper's is not: on a CPU, a step with 8 draws takes 2.2 times as long as one with 2.
         """
         draws = self.config["draws"]
-        a = self.action_norm.normalize(batch["actions"]).repeat(draws, 1, 1)          # (draws * B, n, A)
+        a = self.action_norm.normalize(batch["actions"]).repeat(draws, 1, 1) / self.action_norm.std
         condition = self.encode(batch["obs"]).repeat(draws, 1)                        # (draws * B, 2E)
         tau, noise = torch.randint(self.STEPS, (len(a),), device=a.device), torch.randn_like(a)
         ab = self.alpha_bar[tau][:, None, None]

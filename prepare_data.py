@@ -1581,9 +1581,9 @@ class EpisodeDataset(torch.utils.data.Dataset):
         return np.concatenate(rows)
 
     def limits(self, key):
-        """-> {"min", "max"} (D,) of values(key), for a normaliser that must not see other splits."""
+        """-> {"min", "max", "std"} (D,) of values(key), for a normaliser that must not see other splits."""
         rows = self.values(key)
-        return {"min": rows.min(0), "max": rows.max(0)}
+        return {"min": rows.min(0), "max": rows.max(0), "std": rows.std(0)}
 
     def traits(self):
         """-> {name: value} of all that datasets must have in common to be mixed."""

@@ -69,7 +69,8 @@ class RandomData:
 
     def limits(self, key):
         size = self.action_dim if key == "actions" else self.proprio_dim
-        return {"min": -np.ones(size, np.float32), "max": np.ones(size, np.float32)}
+        one = np.ones(size, np.float32)
+        return {"min": -one, "max": one, "std": one}
 
     def describe(self):
         return ""

@@ -74,7 +74,7 @@ def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup")
                   head="action" if stage == "finetune" else "latent", **SMALL[policy])
     policy = make_policy(config)
     if stage == "finetune":
-        policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7})
+        policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7, "std": [0.02] * 7})
     data = {"instructions": list(instructions), "action": robot.ACTION, **data}
     save_checkpoint(path, dict(stage=stage, step=5, config=config, policy=policy.state_dict(), data=data))
     return str(path)

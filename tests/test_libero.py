@@ -112,7 +112,7 @@ def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change
                   proprio_dim=8, action_dim=7, latent_dim=7, latent_norm=True, head="action",
                   proprio_dropout=0.0, **(BAKU.SIZES["tiny"] | dict(width=64, layers=1, heads=2, channels=8)))
     policy = make_policy(config)
-    policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7})
+    policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7, "std": [1.0] * 7})
     data = {"instructions": [SOUP.replace("_", " ")], "action": prepare_data.LIBERO["action"]}
     save_checkpoint(tmp_path / "last.pt", dict(stage="finetune", step=5, config=config,
                                                policy=policy.state_dict(), data=data))

@@ -257,7 +257,8 @@ def test_the_instruction_chooses_between_two_cups_of_one_scene(policy):
     def share_right(words, steps=150):
         torch.manual_seed(0)
         model = make_policy({**SMALL, "policy": policy, **SMALL_SIZES[policy]})
-        model.action_norm.fit({"min": places.amin((0, 1)), "max": places.amax((0, 1))})
+        model.action_norm.fit({"min": places.amin((0, 1)), "max": places.amax((0, 1)),
+                               "std": places.std((0, 1))})
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
