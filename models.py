@@ -253,8 +253,8 @@ class FiLMBlock(nn.Module):
 
 class ResNet18FiLM(nn.Module):
     """One image -> one token: the first half of ResNet-18 (stem, stages 1 and 2; UPSTREAM: the same) with
-    FiLM. A linear layer reads every cell of the last map, reduced to 16 channels. (With a spatial softmax,
-    policies did not learn to correct along x: figures/trials.csv.)
+    FiLM. A linear layer reads every cell of the last map, reduced to 16 channels. UPSTREAM: spatial softmax,
+    with which policies did not learn to correct along x (figures/trials.csv).
 
     DEVIATION: no ImageNet weights, so nothing needs a download. Images below 128 pixels skip the max-pooling
     of the stem, so that the map has at least 16 x 16 cells: grasping depends on localisation.
