@@ -254,7 +254,7 @@ def test_the_instruction_chooses_between_two_cups_of_one_scene(policy):
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)                   # (60, 3, 32, 32)
     places = torch.tensor(np.array(places), dtype=torch.float32)                      # (60, cups, 2)
 
-    def share_right(words, steps=150):
+    def share_right(words, steps=100):
         torch.manual_seed(0)
         model = make_policy({**SMALL, "policy": policy, **SMALL_SIZES[policy]})
         model.action_norm.fit({"min": places.amin((0, 1)), "max": places.amax((0, 1)),

@@ -222,7 +222,7 @@ def test_what_the_world_model_is_fed_with_each_flag():
 
 def test_pretraining_learns_and_draws_four_clips_as_truth_imagined_and_error(data, tmp_path):
     """The next frames of the moving square follow from its picture: the loss falls, the latents are used."""
-    pre(data, tmp_path, *"--steps 80 --every 80 --batch-size 8 --chunk 4 --warmup 5".split())
+    pre(data, tmp_path, *"--steps 60 --every 60 --batch-size 8 --chunk 4 --warmup 5".split())
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.7 * losses[0], losses
@@ -235,7 +235,7 @@ def test_pretraining_learns_and_draws_four_clips_as_truth_imagined_and_error(dat
 
 def test_finetuning_beats_chance_and_reports_units(data, pretrained, tmp_path):
     fine(data, tmp_path, "--init", str(pretrained),
-         *"--steps 300 --every 300 --batch-size 8 --shift 0 --warmup 5 --lr 1e-3 --trunk-lr 1e-3".split())
+         *"--steps 150 --every 150 --batch-size 8 --shift 0 --warmup 5 --lr 2e-3 --trunk-lr 2e-3".split())
     last = metrics(tmp_path)[-1]
     std = pretrain.EpisodeDataset(data.robot, 1).values("actions")[:, 0].std()
     assert last["val_l1/6"] < 0.8 * 0.5, "side of the picture, 0 or 1: better than always saying one half"
