@@ -689,8 +689,8 @@ class DiffusionPolicy(Policy):
         encoder. The paper's is not: on a CPU, a step with 8 draws takes 2.2 times as long as one with 2.
         """
         draws = self.config["draws"]
-        a = self.action_norm.normalize(batch["actions"]).repeat(draws, 1, 1) / self.action_norm.std
-        condition = self.encode(batch["obs"]).repeat(draws, 1)                        # (draws * B, 2E)
+        a = (self.action_norm.normalize(batch["actions"]) / self.action_norm.std).repeat(draws, 1, 1)
+        condition = self.encode(batch["obs"]).repeat(draws, 1)    # (draws * B, 2E), and a (draws * B, n, A)
         tau, noise = torch.randint(self.STEPS, (len(a),), device=a.device), torch.randn_like(a)
         ab = self.alpha_bar[tau][:, None, None]
         x, v = ab.sqrt() * a + (1 - ab).sqrt() * noise, ab.sqrt() * noise - (1 - ab).sqrt() * a

@@ -197,6 +197,13 @@ def test_loss_is_the_negative_log_likelihood_of_eq_6():
     torch.testing.assert_close(policy.loss(batch)[0].detach(), reference)
 
 
+def test_act_counts_errors_in_standard_deviations_of_each_number():
+    policy, batch = new("action", policy="act").eval(), demonstrations()
+    policy.action_norm.fit({"min": [-1.0] * A, "max": [1.0] * A, "std": [0.5] * A})
+    loss, logs = policy.loss(batch)
+    torch.testing.assert_close(loss.detach() - policy.kl_weight * logs["style_kl"], logs["l1"] / 0.5)
+
+
 @every_policy
 def test_policy_reads_instruction_every_camera_and_proprio_and_changes_none_of_them(policy):
     policy, batch = new("action", BOTH, 7, policy=policy).eval(), demonstrations(cameras=BOTH, proprio=True)
@@ -252,6 +259,7 @@ def test_ddim_with_the_true_noise_returns_to_the_action_on_the_squared_cosine_sc
 def test_diffusion_recovers_a_bimodal_distribution():
     """A regression would go through the middle; samples go left or right, about equally often."""
     policy, batch = left_or_right("diffusion", 8)
+    policy.action_norm.fit({"min": [-1.0] * A, "max": [1.0] * A, "std": [0.6] * A})
     policy.encode = lambda obs: torch.zeros(len(obs["instruction"]), 64)        # one observation, and quick
     fit(policy, batch, 250, 3e-3)
     noise = torch.randn(64, N, A)
