@@ -8,7 +8,7 @@
     python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: an upper bound
     python evaluate.py --resume --video 3                      # continue a stopped run, film 3 starts a task
     python evaluate.py --smoke                                 # two short episodes per task
-    python evaluate.py --figure runs/*/eval_twin/results.json  # finished runs side by side: table, figure.png
+    python evaluate.py --figure runs/study/*/*/episodes.jsonl  # many training runs: tables, study.png
     python evaluate.py --results runs/finetune/rollout_arm     # statistics of the real arm's episodes
 
 With given settings, the outcome of an episode depends only on the checkpoint, the task, the start and --seed,
@@ -26,9 +26,11 @@ on these starts is biased.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
+import statistics
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -38,7 +40,7 @@ from typing import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test, sem, t
 from tqdm import tqdm
 
 from models import (ActionChunker, HelpFormatter, InputError, append_line, at_least, check_free, check_same,
@@ -384,34 +386,162 @@ def paper_table(out, arm, settings):
     return markdown_table([("", "Spatial", "Object", "Goal", "Long", "90"), *theirs, ours])
 
 
-def draw_figure(args):
-    """--figure: the success rates in several results.json, as a table on the screen and as bars with Wilson
-    intervals. Labels are run folders (RUN/eval_twin/results.json), colours are kinds of policy."""
-    path = Path(args.out or ".", "figure.png")
-    check_free(path, path.exists(), args)
-    rows, scenes, kinds = [("run", "policy", "success", "rate (%)", "Wilson 95 %", "commit, machine")], [], []
-    figure = Figure(figsize=(6.5, 1 + 0.3 * len(args.figure)), layout="constrained")
-    axes = figure.subplots()
-    for y, file in enumerate(args.figure):
-        try:
-            results = read_json(file)
-            r, kind = results["arms"][results["hash"]]["overall"], results["policy"]
-            scenes.append((results["settings"]["env"], results["tasks"], results["starts"]))
-        except (InputError, KeyError, TypeError, OSError) as e:
-            raise InputError(f"{file} is not a results.json of evaluate.py ({type(e).__name__})") from e
-        if scenes[y] != scenes[0]:
-            print(f"note         {file} has other starts ({scenes[y]}) than the first file ({scenes[0]})")
-        kinds += [kind] * (kind not in kinds)
-        rows.append((file.absolute().parts[-3], kind, *percent(r), "; ".join(results["made_by"])))
-        axes.barh(y, 100 * r["rate"], color=f"C{kinds.index(kind)}")
-        axes.plot([100 * x for x in r["wilson"]], [y, y], color="black")
+# ---- several training runs -------------------------------------------------------------------------------
+
+
+def read_runs(files):
+    """--figure: -> one dict per training run: policy, arm, demos, block, commit, episodes {task: [[start,
+    success, steps], ...]}. A file is a study.jsonl, or the episodes.jsonl of a run whose folder is named
+    POLICY_ARM_DEMOS_BLOCK."""
+    runs = []
+    for file in files:
+        lines = [line for line in read_lines(file) if line["arm"] not in CONTROLS]
+        if lines and "block" not in lines[0]:
+            name = file.absolute().parts[-3]
+            if not re.fullmatch("[^_]+_[^_]+_[0-9]+_[0-9]+", name) or len({x["arm"] for x in lines}) > 1:
+                raise InputError(f"{file}: expected one policy in a run folder named POLICY_ARM_DEMOS_BLOCK, "
+                                 f"for example baku_scratch_3_100; the folder is {name}")
+            policy, arm, demos, block = name.split("_")
+            episodes = {}
+            for x in sorted(lines, key=lambda x: (x["task"], x["start"])):
+                episodes.setdefault(x["task"], []).append([x["start"], int(x["success"]), x["steps"]])
+            lines = [{"policy": policy, "arm": arm, "demos": int(demos), "block": int(block),
+                      "commit": lines[0]["commit"], "episodes": episodes}]
+        if not lines:
+            raise InputError(f"{file} has no finished episode of a policy")
+        runs += lines
+    return sorted(runs, key=lambda x: (x["policy"], x["demos"], x["arm"] != "scratch", x["arm"], x["block"]))
+
+
+def block_rates(runs):
+    """read_runs -> {(policy, demos): {arm: {block: success in %}}}. InputError if two arms of a block did not
+    play the same starts: their difference would not be due to the arms alone."""
+    rates, starts = {}, {}
+    for run in runs:
+        policy, demos, arm, block = (run[k] for k in ("policy", "demos", "arm", "block"))
+        played = [(task, start) for task, rows in run["episodes"].items() for start, _, _ in rows]
+        if played != starts.setdefault((policy, demos, block), played):
+            raise InputError(f"{policy}, {demos} demonstrations, block {block}: the arm {arm} played other "
+                             "starts than the arm before it; all arms of a block need the same starts")
+        blocks = rates.setdefault((policy, demos), {}).setdefault(arm, {})
+        if block in blocks:
+            raise InputError(f"{policy}, {demos} demonstrations: the arm {arm} has block {block} twice")
+        outcomes = [success for rows in run["episodes"].values() for _, success, _ in rows]
+        blocks[block] = 100 * np.mean(outcomes)
+    return rates
+
+
+def over_blocks(values):
+    """One value per independent block -> mean, (low, high) of its 95 % t interval, p of mean 0.
+
+    p is two-sided, of the exact sign-flip test: it counts all 2**n signs, so it is at least 2 / 2**n.
+    """
+    if len(values) < 2:
+        return np.mean(values), (np.nan, np.nan), np.nan
+    low, high = np.mean(values) + t.ppf([0.025, 0.975], len(values) - 1) * sem(values)
+    test = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    return np.mean(values), (low, high), test.pvalue
+
+
+def holm(p_values):
+    """p values of one family of tests -> the adjusted ones, in the same order (Holm 1979)."""
+    p, order = np.asarray(p_values), np.argsort(p_values)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted
+
+
+def contrasts(rates):
+    """block_rates -> [(policy, demos, arm, differences from scratch in points, *over_blocks, p after Holm)].
+
+    One difference per block that both have. A family of tests: one arm at one number of demonstrations, all
+    policies.
+    """
+    families = {}
+    for (policy, demos), arms in rates.items():
+        for arm, blocks in arms.items():
+            pairs = [(blocks[b], arms["scratch"][b]) for b in blocks if b in arms.get("scratch", {})]
+            if arm != "scratch" and pairs:
+                differences = [own - other for own, other in pairs]
+                families.setdefault((demos, arm), []).append(
+                    (policy, demos, arm, differences, *over_blocks(differences)))
+    return [(*row, p) for family in families.values()
+            for row, p in zip(family, holm([row[-1] for row in family]))]
+
+
+COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")    # safe for the colour-blind
+
+
+def draw_success(rates):
+    """block_rates -> Figure. Left: the policies side by side, at the number of demonstrations that most have.
+    Then success over the number of demonstrations, for each policy that has several."""
+    names = list(dict.fromkeys(arm for arms in rates.values() for arm in arms))
+    colours = dict(zip(names, itertools.cycle(COLOURS)))
+    common = statistics.mode(demos for _, demos in rates)
+    policies = [policy for policy, demos in rates if demos == common]
+    curves = [policy for policy in policies if sum(policy == other for other, _ in rates) > 1]
+    figure = Figure(figsize=(5 + 4 * len(curves), 4), layout="constrained")
+    axes = figure.subplots(1, 1 + len(curves), sharey=True, squeeze=False)[0]
+
+    def draw(ax, x, arm, blocks):
+        mean, (low, high), _ = over_blocks(list(blocks.values()))
+        ax.plot([x] * len(blocks), list(blocks.values()), "_", ms=16, color=colours[arm])
+        ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=colours[arm])
+        return mean
+
+    def place(arm):                                             # -0.5 to 0.5: the arms stand side by side
+        return (names.index(arm) + 0.5) / len(names) - 0.5
+
+    for i, policy in enumerate(policies):
+        for arm, blocks in rates[policy, common].items():
+            draw(axes[0], i + 0.8 * place(arm), arm, blocks)
+    axes[0].set(xticks=range(len(policies)), xticklabels=policies, ylabel="success (%)", ylim=(0, 100),
+                xlabel=f"{common} demonstrations per task")
+    for ax, policy in zip(axes[1:], curves):
+        for arm in names:
+            means = {demos * 1.2 ** place(arm): draw(ax, demos * 1.2 ** place(arm), arm, arms[arm])
+                     for (other, demos), arms in rates.items() if other == policy and arm in arms}
+            ax.plot(list(means), list(means.values()), color=colours[arm])
+        ax.set(xscale="log", xlabel=f"{policy}: demonstrations per task")
+        ax.minorticks_off()
+        ticks = [demos for other, demos in rates if other == policy]
+        ax.set_xticks(ticks, ticks)
+    handles = [axes[0].plot([], [], "o", color=colours[arm], label=arm)[0] for arm in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), frameon=False,
+                  title="dashes: blocks; circles: their mean with its 95 % interval")
+    return figure
+
+
+def compare_runs(args):
+    """--figure: success of all arms over blocks: tables on the screen, study.jsonl and study.png.
+
+    A block is one subset of demonstrations, one seed of each stage, and starts of its own.
+    """
+    out = Path(args.out or ".")
+    check_free(out, any((out / name).exists() for name in ("study.jsonl", "study.png")), args)
+    runs = read_runs(args.figure)
+    rates = block_rates(runs)
+
+    def cells(values, mean, interval, sign):
+        return (" ".join(f"{x:{sign}.0f}" for x in values), f"{mean:{sign}.1f}",
+                f"[{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]")
+
+    rows = [("policy", "demonstrations", "arm", "success per block (%)", "mean", "95 % interval")]
+    for (policy, demos), arms in rates.items():
+        for arm, blocks in arms.items():
+            values = list(blocks.values())
+            rows.append((policy, str(demos), arm, *cells(values, *over_blocks(values)[:2], "")))
+    print(markdown_table(rows) + "\n")
+    rows = [("policy", "demonstrations", "arm minus scratch", "points per block", "mean", "95 % interval",
+             "p", "p (Holm)")]
+    for policy, demos, arm, differences, mean, interval, p, adjusted in contrasts(rates):
+        rows.append((policy, str(demos), arm, *cells(differences, mean, interval, "+"), f"{p:.3f}",
+                     f"{adjusted:.3f}"))
     print(markdown_table(rows))
-    axes.set(yticks=range(len(scenes)), yticklabels=[row[0] for row in rows[1:]], xlim=(0, 100),
-             xlabel="success (%), 95 % intervals over starts, not over training seeds")
-    axes.invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    print(f"\nwrote        {path}")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "study.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    draw_success(rates).savefig(out / "study.png", dpi=130)
+    print(f"\nwrote        {out}/study.jsonl, {out}/study.png")
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
@@ -457,8 +587,9 @@ def arguments(argv):
     g.add_argument("--overwrite", action="store_true", help="delete the results in OUT")
     g.add_argument("--smoke", action="store_true", help=f"tiny preset {SMOKE}; explicit flags still win")
     g = p.add_argument_group("instead of a run")
-    g.add_argument("--figure", nargs="+", type=Path, metavar="FILE", help="draw these results.json side by "
-                   "side into figure.png, in --out or here")
+    g.add_argument("--figure", nargs="+", type=Path, metavar="FILE", help="compare several training runs: "
+                   "episodes.jsonl in run folders named POLICY_ARM_DEMOS_BLOCK, or a study.jsonl; writes "
+                   "study.jsonl and study.png to --out or here")
     g.add_argument("--results", type=Path, metavar="FOLDER", help="statistics of the episodes.jsonl in this "
                    "folder; two policies are compared")
     if p.parse_known_args(argv)[0].smoke:
@@ -502,7 +633,7 @@ def main(argv=None):
     if args.results:
         return report_folder(args.results)
     if args.figure:
-        return draw_figure(args)
+        return compare_runs(args)
     at_least(args, 0, "first", "seed", "video", "decay", "execute")
     at_least(args, 1, "episodes", "max_steps", "workers")
     pick_device(args.device)

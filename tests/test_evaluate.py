@@ -333,19 +333,56 @@ def test_the_papers_table_takes_only_comparable_results_as_ours(tmp_path):
     assert row(max_steps=20) == ["noop", *["not run"] * 5]
 
 
-def test_the_figure_shows_every_run_once_and_refuses_other_files(tmp_path, capsys):
-    names = ["random", "noop"]
-    for name in names:
-        run(tmp_path / name / "eval_fake", "--checkpoint", name, "--episodes", "3", "--no-controls")
-    capsys.readouterr()
-    files = [str(tmp_path / name / "eval_fake" / "results.json") for name in names]
+def test_the_figure_pairs_blocks_and_refuses_arms_that_played_other_starts(tmp_path, capsys):
+    """Two arms of two blocks from their folders, then the same tables from study.jsonl."""
+    def write(name, outcomes, first=0):
+        folder = tmp_path / name / "eval_twin"
+        folder.mkdir(parents=True)
+        rows = [{"arm": arm, "task": "stack", "start": first + i, "success": x > 0, "steps": 9, "commit": "c"}
+                for arm in ("noop", "hash of a checkpoint") for i, x in enumerate(outcomes)]
+        (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+        return str(folder / "episodes.jsonl")
+
+    files = [write("baku_hand_3_101", [1, 1, 0, 1]), write("baku_scratch_3_100", [1, 0, 0, 0]),
+             write("baku_hand_3_100", [1, 1, 0, 0]), write("baku_scratch_3_101", [0, 1, 0, 0])]
     evaluate.main(["--figure", *files, "--out", str(tmp_path)])
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:4]] == names and "/9" in rows[2]
-    assert cv2.imread(str(tmp_path / "figure.png")).std() > 10
-    (tmp_path / "list.json").write_text("[]")
-    for file, out, words in ((files[0], tmp_path, "--overwrite"),
-                             (tmp_path / "figure.png", tmp_path / "new", "not a results"),
-                             (tmp_path / "list.json", tmp_path / "new", "not a results")):
+    table = capsys.readouterr().out.split("wrote")[0]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if "|" in row]
+    assert cells[2][:5] == ["baku", "3", "scratch", "25 25", "25.0"]
+    assert cells[3][:5] == ["baku", "3", "hand", "50 75", "62.5"]
+    assert cells[6] == ["baku", "3", "hand", "+25 +50", "+37.5", "[-121.3, +196.3]", "0.500", "0.500"]
+    assert cv2.imread(str(tmp_path / "study.png")).std() > 10
+    evaluate.main(["--figure", str(tmp_path / "study.jsonl"), "--out", str(tmp_path / "again")])
+    assert capsys.readouterr().out.split("wrote")[0] == table
+    assert (tmp_path / "again" / "study.jsonl").read_text() == (tmp_path / "study.jsonl").read_text()
+
+    other, unnamed = write("baku_late_3_100", [1, 1, 1, 1], first=4), write("mine", [1])
+    for chosen, words in (([*files, other], "block 100: the arm late played other starts"),
+                          ([*files, files[0]], "hand has block 101 twice"),
+                          ([unnamed], "POLICY_ARM_DEMOS_BLOCK"),
+                          ([str(tmp_path / "none.jsonl")], "no finished episode")):
         with pytest.raises(InputError, match=words):
-            evaluate.main(["--figure", str(file), "--out", str(out)])
+            evaluate.main(["--figure", *chosen, "--out", str(tmp_path / "new")])
+    with pytest.raises(InputError, match="--overwrite"):
+        evaluate.main(["--figure", *files, "--out", str(tmp_path)])
+
+
+def test_the_interval_over_blocks_covers_and_the_test_keeps_its_level():
+    """1,000 studies of 8 blocks are drawn. Both arms share the block's difficulty, the effect differs between
+    blocks, and each arm plays 120 starts."""
+    rng = np.random.default_rng(0)
+
+    def studies(effect):
+        scratch = np.clip(rng.normal(0.5, 0.08, (1000, 8)), 0, 1)
+        better = np.clip(scratch + rng.normal(effect, 0.05, (1000, 8)), 0, 1)
+        return (rng.binomial(120, better) - rng.binomial(120, scratch)) / 120
+
+    intervals = np.array([evaluate.over_blocks(d)[1] for d in studies(0.1)])
+    assert 0.93 <= ((intervals[:, 0] <= 0.1) & (0.1 <= intervals[:, 1])).mean() <= 0.97
+    assert np.mean([evaluate.over_blocks(d)[2] <= 0.05 for d in studies(0)]) <= 0.055
+    assert evaluate.over_blocks([1, 2, 3, 4, 5, 6, 7, 8])[2] == 2 / 256         # one sign for all blocks
+
+
+def test_holm_multiplies_the_smallest_p_most_and_keeps_their_order():
+    np.testing.assert_allclose(evaluate.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+    np.testing.assert_allclose(evaluate.holm([0.5, 0.9]), [1, 1])
