@@ -17,7 +17,7 @@ policy, one episode at a time. No training episode begins at any of these starts
 
     episodes.jsonl   one line per finished episode; a stopped run loses only the episodes that were running
     results.json     successes per task, 95 % Wilson intervals, settings, versions, hash of the checkpoint
-    videos/          TASK_START_success.mp4 or TASK_START_failure.mp4
+    videos/          TASK_START_success.mp4 or TASK_START_failure.mp4; .png: six moments of its first camera
 
 The intervals cover new starts of one checkpoint. Training with another seed also changes the success rate,
 so a claim about a method needs several training runs. Use the last checkpoint of each: choosing the best one
@@ -37,6 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
+import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 from models import (ActionChunker, HelpFormatter, InputError, append_line, at_least, check_free, check_same,
                     file_hash, load_policy, markdown_table, pick_device, provenance, read_json, read_lines,
-                    run, write_json)
+                    run, shrink, write_json)
 from prepare_data import (LIBERO, LIBERO_CAMERAS, LIBERO_HZ, close_simulator, import_libero, libero_image,
                           libero_instructions, libero_observation, libero_simulator, reset_simulator,
                           run_jobs, show_state)
@@ -253,8 +254,10 @@ def play(bench, args, labels, job):
     chunker = make_chunker(args, arm.policy)
     success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, watch)
     if filmed:
-        outcome = "success" if success else "failure"
-        write_film(Path(args.out, "videos", f"{task}_{start}_{outcome}.mp4"), frames, bench.hz)
+        film = Path(args.out, "videos", f"{task}_{start}_{'success' if success else 'failure'}.mp4")
+        write_film(film, frames, bench.hz)
+        six = [shrink(frames[i][:, :256], 128, "squash") for i in np.linspace(0, len(frames) - 1, 6, dtype=int)]
+        cv2.imwrite(str(film.with_suffix(".png")), np.concatenate(six, axis=1)[..., ::-1])
     return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
             "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),
             # Two episodes with the same hash had the same actions to the last bit.
@@ -274,7 +277,7 @@ def open_results(out, args, settings, keys):
     path = out / "episodes.jsonl"
     check_free(out, path.exists() or (out / "results.json").exists(), args)
     if args.overwrite:
-        for old in [path, out / "results.json", *(out / "videos").glob("*.mp4")]:
+        for old in [path, out / "results.json", *(out / "videos").glob("*_*.*")]:
             old.unlink(missing_ok=True)
     done = read_episodes(out)
     for (key, task, start), line in done.items():

@@ -177,7 +177,9 @@ def test_a_film_is_named_after_the_outcome_and_shows_every_frame(tmp_path):
     _, episodes = run(tmp_path, *flags)
     filmed = [(start, *episodes["random", "push", start]) for start in (1_000_000, 1_000_001)]
     names = [f"push_{start}_{'success' if success else 'failure'}.mp4" for start, success, *_ in filmed]
-    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "videos").glob("*.mp4")) == names
+    strip = cv2.imread(str(tmp_path / "videos" / names[0].replace("mp4", "png")))
+    assert strip.shape == (128, 6 * 128, 3) and (strip[:, :128] != strip[:, -128:]).any()
     video = cv2.VideoCapture(str(tmp_path / "videos" / names[0]))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == filmed[0][2] + 1 + 10        # the end stays for 0.5 s
     assert video.get(cv2.CAP_PROP_FRAME_WIDTH) > 100 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) == 256
