@@ -256,7 +256,8 @@ def play(bench, args, labels, job):
     if filmed:
         film = Path(args.out, "videos", f"{task}_{start}_{'success' if success else 'failure'}.mp4")
         write_film(film, frames, bench.hz)
-        six = [shrink(frames[i][:, :256], 128, "squash") for i in np.linspace(0, len(frames) - 1, 6, dtype=int)]
+        six = np.linspace(0, len(frames) - 1, 6).astype(int)
+        six = [shrink(frames[i][:, :256], 128, "squash") for i in six]
         cv2.imwrite(str(film.with_suffix(".png")), np.concatenate(six, axis=1)[..., ::-1])
     return {"arm": key, "label": arm.label, "task": task, "start": start, "success": success,
             "steps": len(actions), "seconds": round(time.perf_counter() - began, 3),

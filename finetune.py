@@ -15,6 +15,16 @@ have are added; everything new is printed by name. The script writes last.pt, me
 events to --out. A checkpoint of this script can be --init as well: after training from scratch on all
 demonstrations, that is the paper's supervised baseline.
 The default run takes 3.5 minutes and 0.8 GB on two CPU cores (measured). On a GPU: not run.
+
+Logged metrics:
+
+    loss                Eq. 6 (BAKU), a weighted Eq. 7 (diffusion), or L1 and KL (ACT)
+    l1                  mean absolute error of normalised actions on the training batch (BAKU, ACT)
+    style_kl            ACT: KL of the style from its prior, nats; 0: the style is not used
+    val_l1/0..6         mean absolute error on held-out demonstrations, in the data's units (m, rad, gripper)
+    grad_norm/policy    norm of the gradient before clipping
+    lr                  learning rate of the new weights
+    waiting             share of the time spent waiting for data
 """
 import argparse
 import copy

@@ -9,13 +9,13 @@
 One tensor joins the two models: the latent actions z (B, n, Z). The gradient of WorldModel.loss flows
 through z into the policy. Apart from z, neither model knows the other.
 
-    (Eq. 1) recurrent state   RSSM.sequence           (Eq. 5) world-model loss   WorldModel.loss
-    (Eq. 2) posterior         RSSM.posterior          (Eq. 6) BAKU's objective   Policy.loss
-    (Eq. 3) prior             RSSM.prior              (Eq. 7) diffusion loss     DiffusionPolicy.loss
-    (Eq. 4) decoder           WorldModel.decode       (Eq. 8, 9) are in cca.py
+The paper's symbols and equations (Eq. 8 and 9, the canonical correlations, are cca_fit in cca.py):
 
-Sections: text, normaliser, observations, policies, world model, chunk execution, linear probe, several
-processes, and last the bookkeeping of runs (errors, files, checkpoints, logs).
+    o_t  frame                EpisodeDataset          (Eq. 3) prior              RSSM.prior
+    z_t  latent action        Policy.latent_actions   (Eq. 4) decoder            WorldModel.decode
+    a_t  action               Policy.act              (Eq. 5) world-model loss   WorldModel.loss
+    (Eq. 1) recurrent state   RSSM.sequence           (Eq. 6) BAKU's objective   Policy.loss
+    (Eq. 2) posterior         RSSM.posterior          (Eq. 7) diffusion loss     DiffusionPolicy.loss
 
 Letters: B batch, n chunk length, T frames (n+1), C H W image, Z latent-action width, A action width,
 P proprioception width, L width of a text embedding, E token width, V camera views, D deterministic state,

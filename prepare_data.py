@@ -41,8 +41,8 @@ without it is unfinished. A shard holds a fixed range of the source's items. Wit
 
 Canonical action: [dx dy dz, rotation x3, gripper] in the source's own numbers. Attributes state units, frame,
 which numbers are changes per step, and the sign of the gripper (Bridge 1 = open, LIBERO +1 = close).
-To add a dataset, write one generator of (name, job) and one entry in SOURCES; the README has an example. Each
-source has its own section: read only the one that you need.
+To add a dataset, write one generator of (name, job) and one entry in SOURCES; tests/my_data.py is an example.
+Each source has its own section: read only the one that you need.
 """
 import argparse
 import atexit

@@ -18,6 +18,31 @@ default run takes 4.5 minutes and 1.7 GB on two CPU cores (measured). On a GPU: 
 ASSUMPTION: a chunk is n frames of one dataset. With several datasets, strides make it span about the same
 time in each (--strides). The paper does not say how it treats different frame rates, nor how it weighs its
 datasets (--weights). Later stages read the architecture from last.pt, so they have no architecture flags.
+
+Logged metrics:
+
+    loss                  what is minimised: Eq. 5 and what the flags add to it
+    recon                 squared error of frames drawn from the posterior, summed over a frame, moving pixels
+                          weighted (--predict posterior or both)
+    context               squared error of the first frame, which is given
+    open_loop             as recon, for frames imagined from the first frame and the latent actions alone
+    open_loop_plain       the same without the weight on moving pixels
+    kl_dyn, kl_rep        KL of posterior and prior, nats per step (one number, two gradients)
+    z_std                 standard deviation of the latent actions over held-out clips; near 0: collapse
+    shuffle_ratio         held-out loss with latent actions permuted among clips of the same instruction,
+                          divided by that with the right ones; 1: the world model ignores them
+    shuffle_ratio/episode  the same with latent actions of another moment of the same episode: same scene and
+                          light, so only motion is left to tell
+    shuffle_ratio/recon, /open_loop, /open_loop_plain, /kl_dyn      shuffle_ratio of one term
+    zero_ratio/open_loop  open-loop error with zeros as latent actions / with the right ones
+    copy_ratio            open-loop error / error of repeating the first frame; below 1: better than a still
+                          picture. Compare this one between --latents learned and its controls
+    probe_r2              held-out R2 of a ridge regression from a chunk's latent actions to the true first
+                          action, mean over its dimensions; at step 0: of the untrained policy
+    distilled             squared difference of the policy's latent actions and the inverse model's
+    grad_norm/policy, /world_model, /inverse    norm of the gradient before clipping
+    lr                    learning rate of the policy
+    waiting               share of the time spent waiting for data
 """
 import argparse
 import math

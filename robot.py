@@ -7,7 +7,25 @@
 
 A real arm moves only with --move; without it every command is a dry run. `--arm sim` is a rehearsal without
 an arm: the vendor's library talks to a fake controller (tests/fake_arm.py), which moves the twin in real
-time. This program has never moved a real arm. README, "On a real arm", gives the order of the first steps.
+time. README, "On a real arm", gives the order of the first steps.
+
+Wiring: a wired network joins the controller (192.168.1.18 by default) and this computer (192.168.1.10). The
+gripper is on the arm's tool connector, powered as its data sheet says: this program never switches the tool
+voltage (24 V destroy a 5 V tool). Two USB cameras, on two USB ports of their own, see the whole table; give
+their names in /dev/v4l/by-id, because their numbers change. The arm's base stands on the table. The tool
+centre is 14 cm from the flange, and the tips of the fingers are 1.2 cm beyond it. Measure all this and adapt
+WORKSPACE, HOME, TOOL and FINGER: nothing checks them.
+
+Teleoperation: on the keyboard, w s a d r f move the tool by 5 mm, q e turn it, g toggles the gripper, Enter
+keeps the demonstration, Backspace discards it. Quest (pip install teleop==0.1.5): run `adb reverse tcp:4443
+tcp:4443` and open https://localhost:4443 in its browser; the grip button moves the arm, the trigger is the
+gripper, A keeps, B discards. The page has no password and is served on loopback only.
+
+This program has never moved a real arm. Unknown are: how an RM65-B follows targets at 100 Hz and with what
+delay; what it does on a slow stop while following; the real speed and force of the gripper (200 of 1000
+here); other firmware than the documented third generation; whether exposure and white balance of your
+cameras stay fixed; the Quest's page in a headset (a websocket client stood in for it). While an arm is in
+use, the vendor's library listens on UDP port 8089 of every address; everything else listens on loopback only.
 
 The first part of this file is the arm: kinematics, the safety gate, the driver with its watchdog, cameras,
 teleoperation, rollouts, commands. The second part is the twin: the table of the paper's five tasks, built

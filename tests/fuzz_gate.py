@@ -4,6 +4,11 @@
 
 A fake controller logs every message. The log is checked by the forward kinematics alone; nothing that the
 gate computes is trusted. Joint targets are sent as fast as they can be; each stands for 10 ms.
+
+At commit 41f40c4 it sent 100,000 actions (49,016 refused, 50,022 shortened) and checked the 500,000 targets
+on the wire. All kept 3 degrees from the joint limits. None was more than 0.901 degrees (the wire's unit is
+0.001) or 4.01 mm of the tool from the previous one, and none more than 1.3 mm outside the box: a straight
+line in joint space between two points of the box is slightly curved in space.
 """
 import json
 import sys

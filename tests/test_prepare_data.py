@@ -3,7 +3,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -475,9 +474,7 @@ def test_an_episode_of_the_real_twin_does_not_depend_on_those_before_it(tmp_path
 # ---- a source of one's own ---------------------------------------------------------------------------------
 
 def test_a_source_of_ones_own_is_a_generator_and_an_entry(tmp_path):
-    """The README's example: hdf5 files with images and absolute joint actions, by two processes."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (tmp_path / "my_data.py").write_text(next(block for block in blocks if "def my_episodes" in block))
+    """The example my_data.py: hdf5 files with images and absolute joint actions, by two processes."""
     (tmp_path / "in").mkdir()
     for e in (1, 2):
         with h5py.File(tmp_path / "in" / f"episode_{e}.hdf5", "w") as f:
@@ -485,10 +482,10 @@ def test_a_source_of_ones_own_is_a_generator_and_an_entry(tmp_path):
             frames[..., 2] //= 2                                          # RGB: less blue
             f["observations/images/front"], f["observations/images/wrist"] = frames, frames
             f["action"] = f["observations/qpos"] = np.arange(15)[:, None] * np.ones(7)
-    command = [sys.executable, str(tmp_path / "my_data.py"), "mine", "--input", str(tmp_path / "in"), "--out",
-               str(tmp_path / "d"), "--instruction", "do it", "--image-size", str(SIZE), "--workers", "2"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-                          text=True)
+    command = [sys.executable, str(ROOT / "tests" / "my_data.py"), "mine", "--input", str(tmp_path / "in"),
+               "--out", str(tmp_path / "d"), "--instruction", "do it", "--image-size", str(SIZE),
+               "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     data = EpisodeDataset(tmp_path / "d", 4, future=1)
     assert data.num_episodes == 2 and data.instructions == ["do it"] and data.cameras == ["front", "wrist"]

@@ -1,4 +1,4 @@
-"""The README stays true: its commands parse, its names exist, and its metrics are those that are logged."""
+"""README and docstrings stay true: commands parse, names exist, and the explained metrics are logged."""
 import ast
 import graphlib
 import re
@@ -11,6 +11,7 @@ import pytest
 import cca
 import evaluate
 import finetune
+import models
 import prepare_data
 import pretrain
 import robot
@@ -36,7 +37,8 @@ def commands(text):
                 yield words[scripts[0]:]
 
 
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+RESULTS = (ROOT / "figures" / "results.md").read_text()
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README + RESULTS, re.S))
 DOCSTRINGS = "\n".join(re.findall(r"^    (?:python|torchrun) .*", "\n".join(
     ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS), re.M))
 
@@ -71,16 +73,15 @@ def test_scripts_import_each_other_at_the_top_and_without_a_circle(capsys):
     graphlib.TopologicalSorter(IMPORTS).prepare()                                # CycleError for a circle
 
 
-def test_every_name_in_the_symbol_table_exists():
+def test_every_name_in_the_table_of_symbols_exists():
     code = "\n".join(p.read_text() for p in SCRIPTS)
-    rows = re.findall(r"^\|.*\|$", README.split("## Symbols")[1].split("\n## ")[0], re.M)[2:]
-    for row in rows:
-        name = re.fullmatch(r"\|.*\| `([A-Za-z_.]+)` \|", row)
-        assert name, f"the last cell of a row of the symbol table is a name of the code, not as in {row}"
-        for part in name[1].split("."):
-            assert re.search(rf"\b(def|class) {part}\b", code), f"the code has no {name[1]}"
+    table = models.__doc__.split("cca.py):")[1].split("Letters:")[0]
+    names = ["cca_fit", *re.findall(r" ([A-Za-z_]+\.[a-z_]+|EpisodeDataset)\b", table)]
+    assert len(names) == 11
+    for part in ".".join(names).split("."):
+        assert re.search(rf"\b(def|class) {part}\b", code), f"the code has no {part}"
     for number in range(1, 8):
-        assert f"(Eq. {number})" in code, f"no line of the code is marked as (Eq. {number})"
+        assert f"(Eq. {number})" in code.replace(models.__doc__, ""), f"no line is marked as (Eq. {number})"
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +98,16 @@ def runs(data, tmp_path_factory):
     return root
 
 
-def test_every_logged_metric_has_its_line_in_the_readme_and_every_line_is_logged(runs):
+def test_every_logged_metric_is_explained_in_a_docstring_and_every_explained_one_is_logged(runs):
     logged = {name for run in runs.iterdir() for line in metrics(run) for name in line} - {"step"}
-    table = README.split("## Logged metrics")[1].split("\n## ")[0]
-    described = set()
-    for cell in re.findall(r"^\| (`.*?) \|", table, re.M):
-        names = re.findall(r"`([^`]+)`", cell)
-        described |= {name if not name.startswith("/") else names[0].rsplit("/", 1)[0] + name
-                      for name in names}
-    described |= {f"val_l1/{i}" for i in range(7)}
-    assert logged == described, (f"only logged: {logged - described}; "
-                                 f"only in the README: {described - logged}")
+    described = {f"val_l1/{i}" for i in range(7)}
+    for module in (pretrain, finetune):
+        table = module.__doc__.split("Logged metrics:\n\n")[1].split("\n\n")[0]
+        for entry in re.findall(r"^    (\S.*?)(?:  |$)", table, re.M):
+            names = entry.split(", ")
+            described |= {names[0].split("/")[0] + name if name.startswith("/") else name for name in names}
+    assert logged == described - {"val_l1/0..6"}, (f"only logged: {logged - described}; "
+                                                   f"only explained: {described - logged}")
 
 
 def test_load_observe_act_runs_as_the_readme_has_it(data, runs, monkeypatch):
@@ -123,9 +123,10 @@ def test_load_observe_act_runs_as_the_readme_has_it(data, runs, monkeypatch):
 
 
 def test_the_readme_is_finished_its_pictures_are_here_and_smoke_data_are_enough_for_every_stage():
-    assert "@@" not in README
-    pictures = re.findall(r"!\[.+?\]\((.+?)\)", README)
-    assert pictures and all((ROOT / picture).stat().st_size > 5000 for picture in pictures)
+    assert "@@" not in README + RESULTS
+    for text, folder in ((README, ROOT), (RESULTS, ROOT / "figures")):
+        pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+        assert pictures and all(5_000 < (folder / picture).stat().st_size < 300_000 for picture in pictures)
     assert prepare_data.SMOKE["demos_per_task"] >= 20, "cca.py needs two held-out episodes: one in ten"
 
 
