@@ -51,7 +51,7 @@ from prepare_data import (LIBERO, LIBERO_CAMERAS, LIBERO_HZ, close_simulator, im
                           libero_instructions, libero_observation, libero_simulator, reset_simulator,
                           run_jobs, show_state)
 from robot import ACTION, CAMERAS as TWIN_CAMERAS, CONTROL_HZ, EVAL_SEED0, MAX_STEP, MAX_TURN, PROPRIO_DIM
-from robot import TASKS, Expert, TwinEnv, check_fit, policy_function, rollout, write_film
+from robot import TASKS, Expert, TwinEnv, check_fit, make_chunker, policy_function, rollout, write_film
 
 SMOKE = dict(episodes=2, max_steps=20, video=1, workers=1)
 
@@ -201,15 +201,6 @@ class Arm:
         self.data = self.checkpoint["data"]
 
 
-def make_chunker(args, policy):
-    """-> ActionChunker that executes --execute actions per observation (0: temporal ensembling; default: the
-    policy's own number). A control (policy None) acts at every step."""
-    if not policy:
-        return ActionChunker(1, execute=1)
-    execute = min(policy.EXECUTE, policy.chunk) if args.execute is None else args.execute
-    return ActionChunker(policy.chunk, execute or None, args.decay)
-
-
 def control(name, bench, env, start, rng):
     """-> policy_fn(obs) -> (1, 7) of a control."""
     expert = functools.cache(lambda: Expert(env, start))        # created after the reset: it plans from there
@@ -251,7 +242,9 @@ def play(bench, args, labels, job):
         if filmed:
             frames.append(np.concatenate([env.render(camera, 256) for camera in bench.cameras], axis=1))
 
-    chunker = make_chunker(args, arm.policy)
+    chunker = ActionChunker(1, execute=1)                       # a control acts at every step
+    if arm.policy:
+        chunker = make_chunker(arm.policy, args.execute, args.decay)
     success, actions = rollout(env, policy_fn, chunker, task, start, args.max_steps, watch)
     if filmed:
         film = Path(args.out, "videos", f"{task}_{start}_{'success' if success else 'failure'}.mp4")
@@ -623,7 +616,7 @@ def check_policy(arm, args, bench, tasks):
         action = action | {"units": units}
         print(f"note         the units of {arm.label}'s actions are unknown; assumed: those of {args.env}")
     check_fit(arm.label, arm.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
-    execute = make_chunker(args, arm.policy).execute
+    execute = make_chunker(arm.policy, args.execute).execute
     print(f"policy       {arm.label} ({arm.key}, step {arm.checkpoint['step']:,}), cameras "
           f"{', '.join(arm.policy.cameras)}; chunks of {arm.policy.chunk}, "
           + (f"{execute} per look" if execute else f"temporal ensembling, decay {args.decay:g}"))

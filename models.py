@@ -49,7 +49,7 @@ from pathlib import Path
 # Settings of the process, made before torch starts, so training scripts import models first. A thread that
 # waits for another one spins for some microseconds, then sleeps (GNU OpenMP). By default it spins for
 # milliseconds: where another program kept one of two cores busy, a step took 5 s instead of 0.2 s, now 0.4 s.
-# Freed memory is kept: by default it goes back to the kernel after each step, which costs up to 20 % of it.
+# Freed memory is kept: by default it goes back to the kernel, which costs up to 20 % of the time of a step.
 os.environ.setdefault("GOMP_SPINCOUNT", "500")
 if sys.platform == "linux":
     for option, value in ((-4, 0), (-1, 2 ** 31 - 1)):                      # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -111,7 +111,7 @@ class TextEncoder:
         return vector[0].float().numpy()
 
 
-text_encoder = functools.cache(TextEncoder)     # all policies of a process share it, outside their weights
+text_encoder = functools.cache(TextEncoder)     # shared by all policies of a process; not in their weights
 
 
 # ---- normaliser -------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def batch_observations(observations, instructions, policy):
 
 
 def by_position(obs, cameras):
-    """Rename the cameras of obs in order: the first camera of every dataset is its main view."""
+    """Rename the cameras of obs to `cameras`, by position: the first of every dataset is its main view."""
     return {**obs, "images": dict(zip(cameras, obs["images"].values()))}
 
 
@@ -346,7 +346,7 @@ class ObservationTokens(nn.Module):
         if hasattr(self, "proprio_encoder"):
             proprio = self.proprio_encoder(obs["proprio"])                            # (B, E)
             if self.training and self.proprio_dropout:
-                # Drop the token of whole samples; otherwise the policy learns to extrapolate from its own
+                # Zero the token of whole samples; otherwise the policy learns to extrapolate from its own
                 # pose instead of looking at the images.
                 kept = torch.rand(len(proprio), 1, device=proprio.device) >= self.proprio_dropout
                 proprio = proprio * kept
@@ -381,7 +381,9 @@ class Policy(nn.Module):
 
     A new policy needs SIZES (with "width", E), features(obs) -> (B, E), and an entry in POLICIES; it inherits
     everything else. features() gets the obs of preprocess(). With PER_STEP = True it returns (B, n, E), one
-    row per action. Finetuning may add or drop the parameters that init_from_pretrained names, no others.
+    row per action. ObservationTokens gives it FiLM, several cameras and --proprio-dropout. The name of a
+    layer says what stage 2 does with it (init_from_pretrained): it may add camera_*, proprio_*, noise_* and
+    style_*, drops latent_*, and never copies action_*. It copies all others: they must be in both stages.
     """
 
     SIZES = {}          # name -> the entries of config that this class adds; paper, or tiny for two CPU cores
@@ -389,7 +391,7 @@ class Policy(nn.Module):
     EXECUTE = 0         # default of evaluate.py --execute: actions per chunk; 0 = temporal ensembling
     EMA = 0.0           # default of finetune.py --ema: decay of the averaged weights; 0 = no averaging
     PER_STEP = False
-    STD = 0.2           # of the likelihood (Eq. 6), in standard deviations of each number of the actions
+    STD = 0.2           # of the likelihood (Eq. 6), in standard deviations of each action dimension
 
     def __init__(self, config):
         super().__init__()
@@ -436,12 +438,12 @@ class Policy(nn.Module):
         return obs
 
     def encode(self, obs):
-        """Raw obs -> features: the only path into the network."""
+        """Raw obs -> features."""
         return self.features(self.preprocess(obs))
 
     def latent_actions(self, obs):
         """z_t ... z_t+n-1 from o_t and the instruction alone (Sec. III-A): obs -> (B, n, Z) in (-1, 1),
-        differentiable. Stage 1 only: a finetuned policy may have none."""
+        differentiable. A finetuned policy has none, except with head "add"."""
         return self.to_latents(self.encode(obs))
 
     def to_latents(self, features):
@@ -476,7 +478,7 @@ class Policy(nn.Module):
         target = self.action_norm.normalize(batch["actions"])
         mu = self.to_actions(self.encode(batch["obs"]))
         # (Eq. 6)  L = - E log N(a_t ... a_t+n-1 | mu(o_t, instruction), std^2)
-        # DEVIATION: each number has its own std. With one for all (UPSTREAM and BAKU) the gripper,
+        # DEVIATION: each action dimension has its own std. With one for all (UPSTREAM and BAKU) the gripper,
         # open or closed, has most of the loss, and corrections of a few millimetres are not learnt.
         std = self.STD * self.action_norm.std                                         # (A,)
         nll = 0.5 * ((target - mu) / std) ** 2 + torch.log(std * math.sqrt(2 * math.pi))           # (B, n, A)
@@ -494,7 +496,7 @@ class BAKU(Policy):
     """BAKU (Haldar et al. 2024) as LAWM uses it: observation tokens and one learned query go through a
     transformer; an MLP turns the query's output into a chunk of n actions.
 
-    UPSTREAM: causal attention, which is equivalent without a history and with the query last.
+    DEVIATION: all tokens attend to each other. UPSTREAM: attention is causal, as if there were a history.
     """
     SIZES = {"paper": dict(width=256, layers=8, heads=4, channels=64, dropout=0.1),   # 8.6 million parameters
              "tiny": dict(width=128, layers=3, heads=4, channels=32, dropout=0.1)}    # 1.5
@@ -523,7 +525,7 @@ class ACT(Policy):
     style is 0, the mean of its prior.
 
     DEVIATION: padded steps are masked, all decoder layers are used (the original builds seven and uses one),
-    a camera is one token, not its feature map, and errors are in standard deviations of each number.
+    a camera is one token, not its feature map, and errors are in standard deviations of each dimension.
     """
     SIZES = {"paper": dict(width=512, layers=4, decoder_layers=1, heads=8, channels=64, dropout=0.1,
                            style=32),   # 33 million parameters; LAWM's paper has no ACT
@@ -554,9 +556,8 @@ class ACT(Policy):
     def features(self, obs, style=None):
         """Preprocessed obs, style (B, style) or None for 0 -> (B, n, E)."""
         tokens = self.tokens(obs)                                                     # (B, tokens, E)
-        if self.head != "latent":
-            token = torch.zeros_like(tokens[:, 0]) if style is None else self.style_in(style)
-            tokens = torch.cat([tokens, token[:, None]], 1)
+        token = torch.zeros_like(tokens[:, 0]) if style is None else self.style_in(style)
+        tokens = torch.cat([tokens, token[:, None]], 1)                     # in stage 1, too, where it is 0
         tokens, x = self.encoder(tokens), self.queries.expand(len(tokens), -1, -1)    # (B, n, E)
         for block in self.decoder:
             x = block(x, memory=tokens)
@@ -571,7 +572,7 @@ class ACT(Policy):
         seen = torch.cat([torch.ones_like(is_pad[:, :2]), ~is_pad], 1)
         for block in self.style_encoder:
             tokens = block(tokens, seen)
-        return self.style_out(tokens[:, 0]).float().chunk(2, -1)      # exp(x) - 1 - x needs float32
+        return self.style_out(tokens[:, 0]).float().chunk(2, -1)      # the KL needs float32: exp(x) - 1 - x
 
     def bound(self, actions):
         """No tanh, as in the original: L1 on a gripper that is mostly closed saturates a tanh, its gradient
@@ -601,9 +602,9 @@ class DiffusionPolicy(Policy):
         ^a = sqrt(ab) x - sqrt(1 - ab) v                the clean chunk
     A network that predicts e must first learn to copy x, and its ^a divides by sqrt(ab) = 0.0005 at tau = 99.
 
-    DEVIATION: a is in standard deviations of each number. A linear layer makes the latent actions from the
-    condition, and the U-Net begins in stage 2.
-    UPSTREAM: x - ^e of a single call of the U-Net on pure noise, the only noise level it is pretrained on.
+    DEVIATION: a is in standard deviations of each dimension. A linear layer makes the latent actions from the
+    condition; the U-Net is made in stage 2. UPSTREAM: the latent actions are x - ^e of one call of the U-Net
+    on pure noise, so pretraining covers only that noise level.
     """
     SIZES = {"paper": dict(width=256, channels=64, down=(256, 512, 1024), step_width=256,
                            draws=2),                                                        # 52 million
@@ -665,7 +666,7 @@ class DiffusionPolicy(Policy):
 
     def to_actions(self, condition, noise=None):
         """DDIM sampler (Song et al. 2021): condition (B, 2E), noise (B, n, A) -> (B, n, A) in [-1, 1].
-        Without noise it always takes the same, so that actions are functions of the observation."""
+        Without noise it takes a fixed one, so that the actions depend on the observation alone."""
         if noise is None:
             size, fixed = (self.chunk, self.config["action_dim"]), torch.Generator().manual_seed(0)
             noise = torch.randn(size, generator=fixed).to(condition.device).expand(len(condition), *size)
@@ -753,7 +754,9 @@ POLICIES = {"baku": BAKU, "diffusion": DiffusionPolicy, "act": ACT}
 
 
 def make_policy(config):
-    """Plain-data config (see Policy) -> new policy with random weights."""
+    """Plain-data config (see Policy) -> new policy with random weights. InputError for an unknown policy."""
+    if config["policy"] not in POLICIES:
+        raise InputError(f"no policy {config['policy']!r} in POLICIES of models.py: {', '.join(POLICIES)}")
     return POLICIES[config["policy"]](config)
 
 
@@ -765,9 +768,9 @@ def make_policy(config):
 #                                       +--> posterior q(s | h, o_t+1) (Eq. 2): has seen o_t+1
 #                                       +--> decoder (Eq. 4): decodes o_t+1 from h and either s
 
-# The sizes of DreamerV3 (Hafner et al. 2023), named by the parameters of its whole agent: with networks for
-# reward, continuation, policy and value, which a world model of video does not have. The comments give the
-# parameters in millions, here (images of 64 pixels for tiny and 1m, else 128) and of the release. At 50m:
+# The sizes of DreamerV3 (Hafner et al. 2023). The names count its whole agent, with networks for reward,
+# continuation, policy and value. The comments give the parameters of this world model in millions (images of
+# 64 pixels for tiny and 1m, else 128) and those of the release. At 50m:
 # encoder 1.6, RSSM 22.8, of which the block-diagonal GRU 12.6, decoder 11.1; the release: encoder 2.8, RSSM
 # 66.6, of which its dense GRU 56.6, decoder 46.3 (five layers of up to 16 times `depth` channels, ours 4).
 WORLD_MODEL_SIZES = {
@@ -859,7 +862,7 @@ class RSSM(nn.Module):
         x = F.silu(self.hidden_norm(self.hidden(x).flatten(1) + action)).view(b, self.blocks, -1)
         reset, candidate, update = [g.flatten(1) for g in self.gates(x).chunk(3, -1)]   # (B, D) each
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)                                  # an untrained GRU remembers
+        update = torch.sigmoid(update - 1)                                  # at first most of h is kept
         return update * candidate + (1 - update) * deter
 
     def posterior(self, deter, embed):
@@ -919,7 +922,7 @@ def oriented_gradients(grey):
     (B, T, 9V, H/4, W/4)."""
     x = F.pad(grey.flatten(0, 2)[:, None], (1, 1, 1, 1), mode="replicate")            # (B*T*V, 1, H+2, W+2)
     dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-    # Shifted by a quarter of a bin: otherwise noise would move upright edges from the first bin to the last.
+    # Shifted by a quarter of a bin: upright edges would lie on the border of the first and the last bin.
     bins = ((torch.atan2(dy, dx) / math.pi * 9 + 0.25) % 9).long().clamp(max=8)       # (B*T*V, 1, H, W)
     votes = (F.one_hot(bins[:, 0], 9).movedim(-1, 1) * torch.hypot(dx, dy)).contiguous()    # (B*T*V, 9, H, W)
     cells = F.avg_pool2d(votes, 4)                                                    # (B*T*V, 9, H/4, W/4)
@@ -984,7 +987,7 @@ class WorldModel(nn.Module):
             raise InputError(f"images of {config['image_size']} pixels are too small for --target "
                              f"{config['target']}: use larger images, or --target pixels")
         self.decoder_in, channels = nn.Linear(feature, embed), channels[::-1][:len(channels) - halved]
-        self.gate = config["gate"] and config["context_frame"]              # the gate shows o_t
+        self.gate = config["gate"] and config["context_frame"]              # the gate copies from o_t
         self.decoder = nn.Sequential(*convolutions(nn.ConvTranspose2d, channels), nn.ConvTranspose2d(
             channels[-1], (c_out + self.gate) * config["views"], 4, 2, 1))
         self.to(memory_format=torch.channels_last)                          # twice as fast on a CPU
@@ -999,7 +1002,7 @@ class WorldModel(nn.Module):
         in targets().
 
         DEVIATION: a gate in [0, 1] per pixel and view chooses between what is drawn and the still video. The
-        state then need not describe what does not move, which its few bits blur.
+        small state then need not store the background, which would come out blurred.
         """
         features = torch.cat([state["deter"], state["stoch"].flatten(-2)], -1)        # (..., D + S*K)
         x = self.decoder_in(features.flatten(0, -2)).unflatten(-1, (4, 4, -1)).permute(0, 3, 1, 2)
@@ -1046,7 +1049,7 @@ class WorldModel(nn.Module):
         return masked_mean(self.total(terms), is_pad), logs
 
     def total(self, terms):
-        """Negative evidence lower bound of the video, per step: {name: (B, n)} from losses() -> (B, n)."""
+        """Weighted sum of the terms, per step: {name: (B, n)} from losses() -> (B, n)."""
         free_bits, dyn, rep = (self.config[name] for name in ("free_bits", "dyn_scale", "rep_scale"))
         left_out = {"posterior": "open_loop", "prior": "recon", "both": None}[self.config["predict"]]
         # (Eq. 5)  L = mean_k [ |o_k - ^o_k|^2
@@ -1074,10 +1077,11 @@ class WorldModel(nn.Module):
         still, future = targets(images, self.config["target"])
         future = future[:, chosen]                                                    # (B, m, C, h, w)
         # DEVIATION: pixels that differ from a still video weigh more, since most pixels are background.
-        weight = 1 + self.config["motion_weight"] * (future - still).abs().mean(2, keepdim=True)
+        moved = (future - still).abs().unflatten(2, (self.config["views"], -1))       # (B, m, V, c, h, w)
+        weight = 1 + self.config["motion_weight"] * moved.mean(3, keepdim=True).expand_as(moved).flatten(2, 3)
 
         def per_step(error):            # (..., B, m, C, h, w) -> (..., B, n): 0 for frames not decoded
-            error = error.sum((-3, -2, -1)) * (n / decode_steps)            # same expectation
+            error = error.sum((-3, -2, -1)) * (n / decode_steps)            # expectation: all n decoded
             return error.new_zeros(*error.shape[:-1], n).index_copy(-1, chosen, error)
 
         # One call decodes o_t, the frames of the posteriors and those of the priors.
@@ -1158,13 +1162,13 @@ class ActionChunker:
     """Turns chunks of n actions into one action per control step. Call reset() before every episode.
 
     execute = h     ask the policy every h steps and execute the first h actions of the chunk, open loop
-    execute = None  ask at every step and average all chunks that cover it (temporal ensembling, as in ACT and
+    execute = 0     ask at every step and average all chunks that cover it (temporal ensembling, as in ACT and
                     BAKU), with weights exp(-decay * i), i = 0 for the oldest. UPSTREAM: decay 0
     """
 
-    def __init__(self, chunk, execute=None, decay=0.01):
-        if execute is not None and not 1 <= execute <= chunk:
-            raise InputError(f"--execute must be 1 to {chunk}, the policy's chunk length; got {execute}")
+    def __init__(self, chunk, execute=0, decay=0.01):
+        if not 0 <= execute <= chunk:
+            raise InputError(f"--execute must be 0 to {chunk}, the policy's chunk length; got {execute}")
         self.execute, self.decay = execute, decay
         self.reset()
 
@@ -1174,12 +1178,12 @@ class ActionChunker:
     @property
     def asks(self):
         """Whether the next step() will ask for a chunk, and so needs an observation."""
-        return self.execute is None or not self.live
+        return not self.execute or not self.live
 
     def step(self, ask):
         """-> action (A,). ask() -> (n, A) is called only when a new chunk is needed."""
         if self.asks:
-            self.live.append(np.asarray(ask())[:self.execute])
+            self.live.append(np.asarray(ask())[:self.execute or None])
         now = np.stack([left[0] for left in self.live])                               # (live chunks, A)
         weights = np.exp(-self.decay * np.arange(len(now)))
         self.live = [left[1:] for left in self.live if len(left) > 1]
@@ -1303,7 +1307,7 @@ class BatchNorm(nn.BatchNorm1d):
         rows = x.new_empty(world, *x.shape)                                           # (processes, B, C)
         dist.all_gather(list(rows), x.detach().contiguous())
         rows[rank] = x
-        if rows.requires_grad:          # the losses of the other processes depend on x, too
+        if rows.requires_grad:          # x is in the statistics of all processes: add their gradients
             rows.register_hook(lambda gradient: world * process_mean(gradient))
         return super().forward(rows.flatten(0, 1)).view_as(rows)[rank]
 
@@ -1479,7 +1483,7 @@ def init_from_pretrained(policy, weights, path):
     if wrong:
         theirs, ours = (tuple(w[wrong[0]].shape) if wrong[0] in w else "absent" for w in (weights, own))
         raise InputError(f"{path} has another architecture: {len(wrong)} tensors do not fit; {wrong[0]} is "
-                         f"{theirs} in the file, {ours} here")
+                         f"{theirs} in the file, {ours} here (class Policy says how to name layers)")
     policy.load_state_dict({**own, **{k: weights[k] for k in loaded}})
     return {"loaded": loaded, "new": new, "unused": unused}
 
@@ -1522,7 +1526,7 @@ def open_run(args, free):
 
 def to_numbers(step, metrics):
     """{name: scalar tensor} -> {name: float}, means over all processes. InputError unless they are finite.
-    A GPU is waited for here alone."""
+    The only place of a step that waits for a GPU."""
     device = metrics["loss"].device         # the norm of no gradient at all is a tensor on the CPU
     values = torch.stack([value.detach().to(device, torch.float32) for value in metrics.values()])
     values = process_mean(values).tolist()
@@ -1589,12 +1593,8 @@ def policy_numbers(policy, size):
     return sizes[size]
 
 
-def count(module):
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def describe_size(module):
     """-> text: the number of parameters of a module and of each of its parts."""
-    parts = [f"{name} {count(part):,}" for name, part in module.named_children() if count(part)]
-    return f"{count(module):,} parameters ({', '.join(parts)})"
+    total, *parts = [sum(p.numel() for p in m.parameters()) for m in (module, *module.children())]
+    named = [f"{name} {number:,}" for (name, _), number in zip(module.named_children(), parts) if number]
+    return f"{total:,} parameters ({', '.join(named)})"

@@ -1025,6 +1025,13 @@ def check_fit(label, checkpoint, name, cameras, proprio_dim, action, hz):
                              "or choose it with --strides")
 
 
+def make_chunker(policy, execute=None, decay=0.01):
+    """-> ActionChunker with `execute` actions per observation; 0: temporal ensembling; None: the policy's own
+    number."""
+    execute = min(policy.EXECUTE, policy.chunk) if execute is None else execute
+    return ActionChunker(policy.chunk, execute, decay)
+
+
 def write_film(path, frames, hz):
     """Write pictures (H, W, 3) uint8 RGB as an mp4; the last one stays for half a second. InputError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1291,7 +1298,7 @@ def run_rollout(args):
     for path in filter(None, (args.checkpoint, args.compare)):
         policy, checkpoint = load_policy(path, args.device, stage="finetune")
         check_fit(path, checkpoint, "the arm", args.cameras or CAMERAS, PROPRIO_DIM, ACTION, CONTROL_HZ)
-        chunker = ActionChunker(policy.chunk, args.execute)
+        chunker = make_chunker(policy, args.execute)
         policies[file_hash(path)] = path, policy, chunker, checkpoint["data"].get("resize")
     if args.compare and len(policies) < 2:
         raise InputError(f"--compare {args.compare} is the same as {args.checkpoint}")
@@ -1944,8 +1951,8 @@ def build_parser():
     g = command("rollout", run_rollout, [arm, episodes], "finetuned policies: success per task")
     g.add_argument("--checkpoint", default="runs/finetune/last.pt", metavar="PATH", help="of finetune.py")
     g.add_argument("--compare", metavar="PATH", help="a second checkpoint, in turns with the first")
-    g.add_argument("--execute", type=int, metavar="H", help="actions executed per chunk; if not given, the "
-                   "policy is called at every step and the chunks are averaged")
+    g.add_argument("--execute", type=int, metavar="H", help="actions of a chunk per observation; 0: "
+                   "temporal ensembling (default: the policy's own, diffusion 8, others 0)")
     g.add_argument("--device", default="cpu", help="of the policy")
     g.add_argument("--out", metavar="DIR", help="folder of the results; if not given, rollout_arm beside the "
                    "checkpoint")

@@ -15,6 +15,16 @@ torch.set_num_threads(1)     # so that results do not depend on the number of co
 
 import prepare_data  # noqa: E402
 import robot  # noqa: E402
+from models import POLICIES  # noqa: E402
+
+SMALL_SIZES = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
+               "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
+               "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, draws=4)}
+
+
+def small_size(policy):
+    """The size of a policy in unit tests; a new policy is tested in its tiny size."""
+    return SMALL_SIZES.get(policy, POLICIES[policy].SIZES["tiny"])
 
 
 def moving_square(seed, length=24, size=32):

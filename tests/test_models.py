@@ -12,10 +12,8 @@ import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 import models as m
+from conftest import small_size
 
-TINY = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
-        "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
-        "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, draws=4)}
 B, N, A, Z = 5, 6, 7, 3
 TEXTS = ["stack the cups", "move the can", "", "stack the blue cup", "move the box"]
 NO_PAD = torch.zeros(B, N, dtype=torch.bool)
@@ -26,7 +24,7 @@ every_policy = pytest.mark.parametrize("policy", m.POLICIES)
 def config(head="latent", cameras=("front",), proprio_dim=None, latent_norm=True, policy="baku", **more):
     return {**dict(policy=policy, cameras=list(cameras), image_size=32, chunk=N, text_encoder="hash",
                    proprio_dim=proprio_dim, action_dim=A, latent_dim=Z, latent_norm=latent_norm, head=head,
-                   proprio_dropout=0.0), **TINY[policy], **more}
+                   proprio_dropout=0.0), **small_size(policy), **more}
 
 
 def new(*args, **more):
@@ -463,6 +461,19 @@ def test_decoding_few_frames_has_the_expectation_of_decoding_all():
     assert every.std() < few.std() / 2, "more than the chunk has is all of them"
 
 
+def test_motion_in_one_view_does_not_weigh_the_pixels_of_another(monkeypatch):
+    """View 0 moves and is drawn exactly; view 1 stands still and is drawn black."""
+    model, images = world("prior", views=2, motion_weight=10.0), video(views=2)
+    images[:, 2:] = images[:, 1:2]
+    images[:, 1:, 3:] = images[:, :1, 3:]
+    drawn = images[:, 1:2].float() / 255
+    drawn[:, :, 3:] = 0
+    monkeypatch.setattr(model, "decode", lambda rows, _: drawn.expand(-1, rows["deter"].shape[1], -1, -1, -1))
+    terms = model.losses(images, torch.randn(B, N, Z), "prior", 0)
+    torch.testing.assert_close(terms["open_loop"], terms["open_loop_plain"])
+    assert (terms["open_loop"] > 100).all()
+
+
 def test_the_gate_of_each_view_chooses_between_what_is_drawn_and_the_still_video():
     model, still = world(views=2, gate=True), torch.rand(B, 1, 6, 32, 32)
     state = {"deter": torch.randn(B, 3, 256), "stoch": torch.randn(B, 3, 32, 16)}
@@ -594,7 +605,7 @@ def test_a_mistake_of_the_user_is_one_clear_line(monkeypatch):
             (lambda: policy.act({**right, "instruction": "stack the cups"}), "list of 5 instructions"),
             (lambda: world(image_size=100), "16, 32, 64 or 128"),
             (lambda: new("action", policy="diffusion", chunk=5), "multiple of 2.*got 5"),
-            (lambda: m.ActionChunker(5, execute=6), "1 to 5"),
+            (lambda: m.ActionChunker(5, execute=6), "0 to 5"),
             (lambda: m.TextEncoder("clip"), "pip install transformers, and download openai/clip"),
             (lambda: m.pick_device("cuda:77"), "no device"), (lambda: m.pick_device("abacus"), "no device"),
             *((lambda other=other: m.init_from_pretrained(new("action", **other), new().state_dict(), "x.pt"),
@@ -672,8 +683,7 @@ def test_head_add_keeps_the_layers_that_make_latent_actions(policy):
     source, target, obs = new(policy=policy).eval(), new("add", policy=policy).eval(), observation()
     names = m.init_from_pretrained(target, source.state_dict(), "x.pt")
     assert "latent_out.weight" in names["loaded"] and not names["unused"]
-    if policy == "baku":
-        torch.testing.assert_close(target.latent_actions(obs), source.latent_actions(obs))
+    torch.testing.assert_close(target.latent_actions(obs), source.latent_actions(obs))
     assert target.act(obs).shape == (B, N, A)
 
 
@@ -692,7 +702,8 @@ def test_checkpoint_round_trip_and_interrupted_write(tmp_path, monkeypatch):
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     broken = {**checkpoint["policy"], "query": torch.full((32,), torch.nan)}
     for change, words in ((dict(stage="pretrain"), "written by pretrain.py: give a checkpoint of finetune"),
-                          (dict(config={}), "this version"), (dict(policy=broken), "NaN.*first: query"),
+                          (dict(config={}), "this version"),
+                          (dict(config={**policy.config, "policy": "mine"}), "no policy 'mine'.*baku"), (dict(policy=broken), "NaN.*first: query"),
                           (dict(policy={}), "does not fit its own config.*Missing")):
         m.save_checkpoint(path, {**checkpoint, **change})
         with pytest.raises(m.InputError, match=words):
@@ -740,15 +751,18 @@ def test_a_result_names_its_command_and_commit(monkeypatch):
 
 
 def test_sizes_are_as_stated():
+    def count(model):
+        return int(m.describe_size(model).split()[0].replace(",", ""))
+
     more, source = dict(cameras=list(BOTH), proprio_dim=7, image_size=128), m.Path(m.__file__).read_text()
     papers = re.findall(r'"paper": dict\(.*?# ([\d.]+)', source, re.DOTALL)              # in millions
     with torch.device("meta"):
         for policy, millions in zip(("baku", "act", "diffusion"), papers, strict=True):
             cls = m.POLICIES[policy]
             model = new("action", policy=policy, chunk=cls.CHUNK, **more, **cls.SIZES["paper"])
-            assert m.count(model) / 1e6 == pytest.approx(float(millions), rel=0.01), policy
+            assert count(model) / 1e6 == pytest.approx(float(millions), rel=0.01), policy
         stated = re.findall(r'"(\w+)": dict\(deter=.*# ([\d.]+)', source)
         for size, millions in stated:
             model = world(size=size, image_size=64 if size in ("tiny", "1m") else 128)
-            assert f"{m.count(model) / 1e6:.2g}" == f"{float(millions):.2g}", size
+            assert f"{count(model) / 1e6:.2g}" == f"{float(millions):.2g}", size
     assert dict(stated).keys() == m.WORLD_MODEL_SIZES.keys()

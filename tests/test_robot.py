@@ -12,6 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 import robot
+from conftest import small_size
 from models import POLICIES, InputError, make_policy
 from robot import TASKS, THINGS, TOOL_DOWN, Expert, TwinEnv, expert_episode
 
@@ -19,9 +20,6 @@ needs_gl = pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disable",
                               reason="no OpenGL: apt-get install libegl1 libgl1 libosmesa6")
 SMALL = dict(cameras=["front"], image_size=32, chunk=2, text_encoder="hash", proprio_dim=None, action_dim=2,
              latent_dim=2, latent_norm=False, head="action", proprio_dropout=0.0)
-SMALL_SIZES = {"baku": dict(width=32, layers=2, heads=2, channels=8, dropout=0.0),
-               "act": dict(width=32, layers=2, decoder_layers=2, heads=2, channels=8, dropout=0.0, style=4),
-               "diffusion": dict(width=32, channels=8, down=(32, 64), step_width=16, draws=4)}
 HOLD = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
 
@@ -256,7 +254,7 @@ def test_the_instruction_chooses_between_two_cups_of_one_scene(policy):
 
     def share_right(words, steps=100):
         torch.manual_seed(0)
-        model = make_policy({**SMALL, "policy": policy, **SMALL_SIZES[policy]})
+        model = make_policy({**SMALL, "policy": policy, **small_size(policy)})
         model.action_norm.fit({"min": places.amin((0, 1)), "max": places.amax((0, 1)),
                                "std": places.std((0, 1))})
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
