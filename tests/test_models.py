@@ -703,7 +703,8 @@ def test_checkpoint_round_trip_and_interrupted_write(tmp_path, monkeypatch):
     broken = {**checkpoint["policy"], "query": torch.full((32,), torch.nan)}
     for change, words in ((dict(stage="pretrain"), "written by pretrain.py: give a checkpoint of finetune"),
                           (dict(config={}), "this version"),
-                          (dict(config={**policy.config, "policy": "mine"}), "no policy 'mine'.*baku"), (dict(policy=broken), "NaN.*first: query"),
+                          (dict(config={**policy.config, "policy": "mine"}), "no policy 'mine'.*baku"),
+                          (dict(policy=broken), "NaN.*first: query"),
                           (dict(policy={}), "does not fit its own config.*Missing")):
         m.save_checkpoint(path, {**checkpoint, **change})
         with pytest.raises(m.InputError, match=words):
