@@ -78,7 +78,7 @@ def arguments(argv):
     add("--text-encoder", choices=TextEncoder.DIM, help="frozen (default: hash); BAKU minilm, release clip")
     add("--chunk", type=int, help="n, actions per chunk (default and paper: 10; diffusion 16)")
     add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=1500, help="optimiser steps")
+    add("--steps", type=int, default=1500, help="optimiser steps; the learning rate decays over all of them")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=5e-4, help="learning rate of new weights; release 1e-4")
     add("--trunk-lr", type=float, default=1e-4, help="learning rate of pretrained weights; 0 = frozen; "

@@ -1491,7 +1491,7 @@ def init_from_pretrained(policy, weights, path):
 def check_free(folder, held, args):
     """InputError when the folder is in use (`held`) and args has neither resume nor overwrite."""
     if held and not (args.resume or args.overwrite):
-        raise InputError(f"{folder} is in use: --resume continues what is there, --overwrite replaces it, "
+        raise InputError(f"{folder} holds results: --resume continues them, --overwrite replaces them, "
                          "--out names another folder")
 
 

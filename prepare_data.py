@@ -112,7 +112,7 @@ def walk(root):
     """os.walk that follows links but visits each folder once, and skips datasets that this script made.
     InputError for a folder that cannot be listed."""
     def fail(error):
-        raise InputError(f"cannot list {error.filename} ({error.strerror}): make it readable or move it")
+        raise InputError(f"cannot list {error.filename} ({error.strerror}): give --input a readable folder")
     seen = set()
     for folder, below, names in os.walk(root, onerror=fail, followlinks=True):
         place = os.path.realpath(folder)
@@ -164,7 +164,7 @@ def claim_output(folder, arguments, done, args):
     if os.path.exists(made_by):
         check_same(folder, read_json(made_by), arguments)
     if os.path.exists(os.path.join(folder, done)):
-        print(f"{folder}: complete, nothing to do")
+        print(f"{folder}: complete, nothing to do (--overwrite makes it again from changed files)")
         return True
     os.makedirs(folder, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):     # another machine writes the same file at this moment
@@ -378,6 +378,8 @@ def read_captions(path, files, folder):
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             rows = csv.DictReader(f, restval="")
+            if not {"file", "instruction"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"its first line is {','.join(rows.fieldnames or ())!r}")
             for row in rows:
                 file = known.get(composed(row["file"]))
                 start, end = row.get("start") or None, row.get("end") or None
@@ -395,12 +397,14 @@ def read_captions(path, files, folder):
                 captions.setdefault((file, start, end), []).append(text)
         if not captions:
             raise ValueError("it has no rows")
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: expected a CSV file in UTF-8 with the columns file,instruction and, to "
-                         f"cut clips out of the files, start,end ({one_line(error)})") from None
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path}: expected a CSV file in UTF-8, separated by commas, with the first line "
+                         "file,instruction or, to cut clips out of the files, file,instruction,start,end: "
+                         f"{error}") from None
     if wrong:
         more = "; ..." if len(wrong) > 10 else ""
-        raise InputError(f"{path}: {len(wrong)} errors: {'; '.join(wrong[:10])}{more}")
+        raise InputError(f"{path}: {len(wrong)} errors; a file is named as below --input, with its ending: "
+                         f"{'; '.join(wrong[:10])}{more}")
     return captions
 
 
@@ -1230,8 +1234,9 @@ SOURCES = {
     "realman": Source(realman_episodes, lambda args: {key: realman_takes(args)[key] for key in (
         "cameras", "action", "proprio")}, "takes of robot.py record"),
     "videos": Source(videos_episodes, VIDEO, "a folder of videos", {
-        "--captions": dict(type=os.path.abspath, help="CSV with the columns file,instruction and, to cut "
-                           "clips out of long files, start,end (seconds)"),
+        "--captions": dict(type=os.path.abspath, help="CSV with the first line file,instruction or, to cut "
+                           "clips out of long files, file,instruction,start,end (seconds); a file is named "
+                           "as below --input, with its ending; videos that it does not name are left out"),
         "--instruction": dict(default="", help="one for all videos, without --captions")}, shard=128),
 }
 
@@ -1296,6 +1301,8 @@ def run_jobs(jobs, workers, run=run_job, in_order=True):
             ahead.remove(done)
             yield done.result()
     except BrokenProcessPool:
+        if not in_order:                                 # hand over what other processes have finished
+            yield from (job.result() for job in ahead if job.done() and not job.exception())
         raise InputError("a worker process was killed: if memory ran out, use fewer --workers. Finished "
                          "work is kept; continue with --resume") from None
     finally:
@@ -1319,6 +1326,8 @@ def convert(args):
              "extra": {key: settings[key] for key in settings if key not in {*stated, "input", "captions"}},
              "alignment": "actions[t] was commanded while looking at images[t] and leads to images[t+1]"}
     names = hashlib.sha256("\n".join(name for name, _ in items).encode()).hexdigest()
+    if settings.get("captions"):        # an edited CSV makes another dataset
+        settings["captions"] += f" ({file_hash(settings['captions'])})"
     arguments = {**settings, "format_version": FORMAT_VERSION, "items": names}
     k, n = getattr(args, "part", (1, 1))
     if n > 1 and args.overwrite:
@@ -1462,8 +1471,11 @@ def read_manifest(path):
     """dataset.json -> attributes, shards, fingerprint (a hash that pins every shard). InputError."""
     manifest = os.path.join(path, "dataset.json")
     if not os.path.exists(manifest):
-        raise InputError(f"{path} is not a dataset, or half made (no dataset.json): `python prepare_data.py "
-                         "sim` makes data/robot and data/hand; --resume finishes an interrupted conversion")
+        raise InputError(f"{path} does not exist: `python prepare_data.py sim` makes data/robot and data/hand"
+                         if not os.path.isdir(path) else
+                         f"{path} is half made: finish it with the command that made it and --resume"
+                         if os.path.exists(os.path.join(path, "arguments.json")) else
+                         f"{path} is not a dataset (no dataset.json): convert it with prepare_data.py first")
     attrs = read_json(manifest)
     version = attrs.get("format_version") if isinstance(attrs, dict) else None
     if version != FORMAT_VERSION:
@@ -1823,9 +1835,10 @@ def main(argv=None):
         raise InputError("--out is empty: give a folder")
     rejected = {"sim": film_twin, "inspect": inspect}.get(args.source, convert)(args)
     if rejected > MAX_REJECTED:
-        done = "nothing was written" if args.check else "the others are written"
+        done = ("nothing was written; the reasons are above" if args.check else
+                f"the others are written; look at {args.out}/rejects.jsonl before you use them")
         raise InputError(f"{100 * rejected:.0f} % of all items rejected (above {100 * MAX_REJECTED:.0f}): "
-                         f"{done}, but look at the reasons above before you use it")
+                         f"{done}")
 
 
 if __name__ == "__main__":

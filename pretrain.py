@@ -12,8 +12,9 @@
 
 The policy sees the first frame and the instruction and emits n latent actions. The world model must predict
 the next n frames from that frame and those latent actions. One optimiser trains both. The script writes
-last.pt, metrics.jsonl, TensorBoard events and open_loop.png (predictions for held-out clips) to --out. The
-default run takes 4.5 minutes and 1.7 GB on two CPU cores (measured). On a GPU: not run.
+last.pt, metrics.jsonl, TensorBoard events and open_loop.png to --out. The picture has three rows for each of
+four held-out clips: the frames, what the world model imagines from the first one, and the error. The default
+run takes 4.5 minutes and 1.7 GB on two CPU cores (measured). On a GPU: not run.
 
 ASSUMPTION: a chunk is n frames of one dataset. With several datasets, strides make it span about the same
 time in each (--strides). The paper does not say how it treats different frame rates, nor how it weighs its
@@ -117,7 +118,7 @@ def arguments(argv):
     add("--free-bits", type=float, default=1.0, help="KL without penalty, nats per step; 0 = off; paper 1")
     add("--decode-steps", type=int, default=2, help="frames decoded per window, at random; 0 = all, paper")
     add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, default=1000, help="optimiser steps")
+    add("--steps", type=int, default=1000, help="optimiser steps; the learning rate decays over all of them")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=3e-4, help="learning rate of the policy; release 1e-4")
     add("--world-model-lr", type=float, default=1e-3, help="learning rate of the world model; release 1e-4")
@@ -144,6 +145,7 @@ def arguments(argv):
     args.chunk = POLICIES[args.policy].CHUNK if args.chunk is None else args.chunk
     at_least(args, 1, "chunk", "latent_dim", "steps", "every")
     at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    at_least(args, 4, "eval_windows")
     # A single sample has no variance, and no other clip whose latent actions it could get.
     at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")
     if args.latent_source == "inverse" and args.latents != "learned":
@@ -174,7 +176,7 @@ def open_data(args):
     if not probe or (probe["val"].action_dim is None or probe["val"].image_size != train.image_size
                      or len(probe["val"].cameras) < views):
         raise InputError(f"--probe-data {args.probe_data} must be a dataset with actions and {views} cameras "
-                         f"of {train.image_size} pixels: give another, or --probe-data none")
+                         f"of {train.image_size} pixels: give another or, for video alone, --probe-data none")
     return train, held_out, probe
 
 

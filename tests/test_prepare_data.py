@@ -325,7 +325,8 @@ def copied(counting, tmp_path):
 
 
 def test_input_errors_of_the_dataset(counting, tmp_path):
-    error(lambda: EpisodeDataset(tmp_path, 1), "not a dataset", "prepare_data.py sim")
+    error(lambda: EpisodeDataset(tmp_path / "absent", 1), "does not exist", "prepare_data.py sim")
+    error(lambda: EpisodeDataset(tmp_path, 1), "not a dataset", "convert it")
     error(lambda: EpisodeDataset(counting, 20), "chunk of 20", 19)
     error(lambda: EpisodeDataset(counting, 1, cameras=["wrist"]), "wrist", "front, side")
     error(lambda: EpisodeDataset(counting, 1, cameras=3, future=3), "front, side", 3)

@@ -140,8 +140,8 @@ def test_two_processes_write_the_same_bytes_and_check_writes_nothing(made, tmp_p
     ("ssv2", {"train.json": '[{"id": "7", "label": "a"}]'}, [], "tar zx"),
     ("videos", {"a.txt": "a"}, [], "no video"),
     *(("videos", {"a.mp4": "", "c.csv": text}, ["--captions", "c.csv"], words) for text, words in (
-        ("file,instruction\na.mp4,caf\u00e9\n", "UnicodeDecodeError"), ("file,instruction\n", "no rows"),
-        ("name,text\na,b\n", "columns file,instruction"))),
+        ("file,instruction\na.mp4,caf\u00e9\n", "codec can't decode"), ("file,instruction\n", "no rows"),
+        ("name,text\na,b\n", "first line is 'name,text'"))),
     ("videos", {"a.mp4": ""}, ["--captions", "c.csv"], "No such file")])
 def test_odd_commands_and_odd_input_are_one_line(tmp_path, monkeypatch, source, files, flags, words):
     (tmp_path / "in").mkdir()
@@ -195,6 +195,10 @@ def test_other_files_and_empty_instructions_are_counted(made, tmp_path):
     printed, _ = convert("videos", made("videos").root, tmp_path / "d", "--captions", str(tmp_path / "c.csv"))
     assert "1 have no instruction" in printed
     assert annotations_of(tmp_path / "d") == {"whole.mp4": ["", "push", "shove"]}
+    (tmp_path / "c.csv").write_text("file,instruction\nwhole.mp4,pull\n")
+    message = convert("videos", made("videos").root, tmp_path / "d", "--captions", str(tmp_path / "c.csv"),
+                      "--resume")[1]
+    assert "was made with captions" in message, "an edited CSV is not silently ignored"
 
 
 @pytest.mark.parametrize("lands", [-3, 0, 4])
