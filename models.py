@@ -341,8 +341,9 @@ class ObservationTokens(nn.Module):
     def forward(self, obs):
         instruction = self.instruction_encoder(obs["instruction"])                    # (B, E)
         images = torch.cat([obs["images"][c] for c in self.cameras])                  # (cameras*B, 3, H, W)
-        seen = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))   # (cameras*B, E)
-        tokens = [instruction] + [x + e for x, e in zip(seen.split(len(instruction)), self.camera_embedding)]
+        views = self.image_encoder(images, instruction.repeat(len(self.cameras), 1))  # (cameras*B, E)
+        views = views.split(len(instruction))                                         # one (B, E) per camera
+        tokens = [instruction] + [x + e for x, e in zip(views, self.camera_embedding)]
         if hasattr(self, "proprio_encoder"):
             proprio = self.proprio_encoder(obs["proprio"])                            # (B, E)
             if self.training and self.proprio_dropout:
@@ -832,7 +833,7 @@ def sample_straight_through(log_probs):
 
 class RSSM(nn.Module):
     """Recurrent state-space model of DreamerV3. A state is {"deter": (B, D), "stoch": (B, S, K) one-hot,
-    "logits": (B, S, K) log-probabilities}; h is `deter` and s is `stoch`.
+    "log_probs": (B, S, K)}; h is `deter` and s is `stoch`.
 
     What depends on no state is computed for all steps at once, outside the loop: a linear layer of several
     inputs is a sum, so in_action(z) (B, D) is the part of z in (Eq. 1), and the embedding (B, hidden) of a
@@ -877,18 +878,16 @@ class RSSM(nn.Module):
         return unimix(logits.unflatten(-1, (self.stoch, self.classes)))
 
     def unroll(self, state, actions, embed):
-        """States of n steps from a first state (R, ...) and actions (R, n, Z) -> (R, n, ...). The first rows
-        are posteriors, one for each row of embed (B, n, hidden); the others are priors and see no frame.
-
-        The cost of a step hardly depends on R, so both kinds go through one loop.
+        """States of n steps from a first state (R, ...) and actions (R, n, Z) -> (R, n, ...). Rows 0 ... B-1
+        are posteriors, which see embed (B, n, hidden); rows B ... R-1 are priors. One loop is faster.
         """
         # As in DreamerV3, numbers beyond [-1, 1] are clipped but keep a gradient. True actions may have some.
         actions = self.in_action(actions / actions.abs().clamp(min=1).detach())       # (R, n, D)
         seeing, states = len(embed), []
         for k in range(actions.shape[1]):                                   # action k moves frame k to k + 1
             deter = self.sequence(state, actions[:, k])
-            logits = torch.cat([self.posterior(deter[:seeing], embed[:, k]), self.prior(deter[seeing:])])
-            state = {"deter": deter, "stoch": sample_straight_through(logits), "logits": logits}
+            log_probs = torch.cat([self.posterior(deter[:seeing], embed[:, k]), self.prior(deter[seeing:])])
+            state = {"deter": deter, "stoch": sample_straight_through(log_probs), "log_probs": log_probs}
             states.append(state)
         return {k: torch.stack([s[k] for s in states], 1) for k in state}
 
@@ -1019,9 +1018,10 @@ class WorldModel(nn.Module):
         """The first state: o_t (B, hidden) -> its posterior; without a context frame h = 0, s = 0."""
         size, rssm = WORLD_MODEL_SIZES[self.config["size"]], self.rssm
         deter = torch.zeros(len(embed), size["deter"], device=embed.device)
-        logits = rssm.posterior(deter, embed)
-        stoch = sample_straight_through(logits) if self.config["context_frame"] else torch.zeros_like(logits)
-        return {"deter": deter, "stoch": stoch, "logits": logits}
+        log_probs = rssm.posterior(deter, embed)
+        seen = self.config["context_frame"]
+        stoch = sample_straight_through(log_probs) if seen else torch.zeros_like(log_probs)
+        return {"deter": deter, "stoch": stoch, "log_probs": log_probs}
 
     def observe(self, images, actions, imagine=False):
         """(B, n+1, 3V, H, W) uint8, (B, n, Z) -> the first state (B, ...) and states of o_t+1 ... o_t+n:
@@ -1102,7 +1102,7 @@ class WorldModel(nn.Module):
             terms["recon"] = weighted[0]
         if predict != "posterior":
             terms["open_loop"], terms["open_loop_plain"] = weighted[-1], per_step(errors[-1].detach())
-        post = states["logits"][:b]                                                   # (B, n, S, K)
+        post = states["log_probs"][:b]                                                # (B, n, S, K)
         prior = self.rssm.prior(states["deter"][:b])
         terms["kl_dyn"] = kl_categorical(post.detach(), prior)
         terms["kl_rep"] = kl_categorical(post, prior.detach())

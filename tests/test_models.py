@@ -433,7 +433,8 @@ def test_states_do_not_see_the_future_and_padded_steps_do_not_count():
     model, actions, images, is_pad = world("both"), torch.randn(B, N, Z), video(), NO_PAD.clone()
     changed, later = images.clone(), actions.clone()
     changed[:, 4:], later[:, 3:] = 255 - images[:, 4:], 0
-    before, after = same_noise(lambda x: model.observe(*x)[1]["logits"], (images, actions), (changed, later))
+    before, after = same_noise(lambda x: model.observe(*x)[1]["log_probs"], (images, actions),
+                               (changed, later))
     assert torch.equal(before[:, :3], after[:, :3]), "o_4 and a_3 must not reach states 1 to 3"
     assert not torch.equal(before[:, 3], after[:, 3])
     with pytest.raises(AssertionError, match="7 frames need 6 actions, got 5"):
