@@ -8,7 +8,7 @@
     python evaluate.py --checkpoint expert --tasks stack_cups  # the scripted expert: an upper bound
     python evaluate.py --resume --video 3                      # continue a stopped run, film 3 starts a task
     python evaluate.py --smoke                                 # two short episodes per task
-    python evaluate.py --figure runs/study/*/*/episodes.jsonl  # many training runs: tables, study.png
+    python evaluate.py --figure runs/*/eval_twin/episodes.jsonl  # many training runs: tables, study.png
     python evaluate.py --results runs/finetune/rollout_arm     # statistics of the real arm's episodes
 
 With given settings, the outcome of an episode depends only on the checkpoint, the task, the start and --seed,
@@ -271,7 +271,8 @@ def open_results(out, args, settings, keys):
     path = out / "episodes.jsonl"
     check_free(out, path.exists() or (out / "results.json").exists(), args)
     if args.overwrite:
-        for old in [path, out / "results.json", *(out / "videos").glob("*_*.*")]:
+        for old in [path, out / "results.json", *(out / "videos").glob("*.mp4"),
+                    *(out / "videos").glob("*.png")]:
             old.unlink(missing_ok=True)
     done = read_episodes(out)
     for (key, task, start), line in done.items():

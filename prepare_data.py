@@ -1470,12 +1470,12 @@ def report(folder, what, num_items, reasons):
 def read_manifest(path):
     """dataset.json -> attributes, shards, fingerprint (a hash that pins every shard). InputError."""
     manifest = os.path.join(path, "dataset.json")
+    if not os.path.isdir(path):
+        raise InputError(f"{path} does not exist: `python prepare_data.py sim` makes data/robot, data/hand")
+    if os.path.exists(os.path.join(path, "arguments.json")) and not os.path.exists(manifest):
+        raise InputError(f"{path} is half made: finish it with the command that made it and --resume")
     if not os.path.exists(manifest):
-        raise InputError(f"{path} does not exist: `python prepare_data.py sim` makes data/robot and data/hand"
-                         if not os.path.isdir(path) else
-                         f"{path} is half made: finish it with the command that made it and --resume"
-                         if os.path.exists(os.path.join(path, "arguments.json")) else
-                         f"{path} is not a dataset (no dataset.json): convert it with prepare_data.py first")
+        raise InputError(f"{path} is not a dataset (no dataset.json): convert it with prepare_data.py first")
     attrs = read_json(manifest)
     version = attrs.get("format_version") if isinstance(attrs, dict) else None
     if version != FORMAT_VERSION:
