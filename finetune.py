@@ -81,8 +81,8 @@ def arguments(argv):
     add("--steps", type=int, default=1500, help="optimiser steps; the learning rate decays over all of them")
     add("--batch-size", type=int, default=32, help="windows per step, on all GPUs together; release 256")
     add("--lr", type=float, default=5e-4, help="learning rate of new weights; release 1e-4")
-    add("--trunk-lr", type=float, default=1e-4, help="learning rate of pretrained weights; 0 = frozen; "
-        "release 1e-4, as for new ones")
+    add("--trunk-lr", type=float, help="learning rate of pretrained weights; 0 = frozen (default and "
+        "release: that of new weights)")
     add("--warmup", type=int, default=50, help="steps of linear warm-up; 0 = off; release 1000")
     add("--weight-decay", type=float, default=1e-4, help="of AdamW; 0 = off; release 1e-6")
     add("--clip", type=float, default=10.0, help="largest norm of the gradient; inf = off; release 100")
@@ -95,15 +95,16 @@ def arguments(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="compute in bfloat16 where its "
-        "precision is enough; release no (default: on GPUs that have it)")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core, or 1 with --bf16")
+        "precision is enough, on a CPU best with --threads 1; release no (default: on GPUs that have it)")
+    add("--threads", type=int, default=2, help="CPU threads; another number rounds differently, so results "
+        "differ")
     add("--every", type=int, default=500, help="steps between checkpoints, each with a validation; training "
         "metrics are logged ten times as often")
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
-    at_least(args, 1, "chunk", "steps", "batch_size", "every")
-    at_least(args, 0, "shift", "jitter", "workers", "warmup", "threads", "seed", "lr", "trunk_lr")
+    at_least(args, 1, "chunk", "steps", "batch_size", "every", "threads")
+    at_least(args, 0, "shift", "jitter", "workers", "warmup", "seed", "lr", "trunk_lr")
     if args.ema is not None and not 0 <= args.ema < 1:
         raise InputError(f"--ema takes a decay from 0 to below 1, got {args.ema}")
     return args
@@ -210,10 +211,9 @@ def main(argv=None):
     policy = policy.to(device)
     decay = policy.EMA if args.ema is None else args.ema
     averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
-    # DEVIATION: pretrained weights have a lower rate. At the rate of new ones, finetuning moved them 1.6 to
-    # 3.3 times as far as pretraining had.
+    trunk_lr = args.lr if args.trunk_lr is None else args.trunk_lr
     groups = [{"params": [p for name, p in policy.named_parameters() if (name in new) == fresh], "peak": peak}
-              for fresh, peak in ((True, args.lr), (False, args.trunk_lr))]
+              for fresh, peak in ((True, args.lr), (False, trunk_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:

@@ -1244,10 +1244,7 @@ def start_processes(args, rows=1):
         torch.cuda.set_device(device)
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    # Two threads that compute in bfloat16 spin while they wait for each other (oneDNN). On a busy machine
-    # a step then took 6 s instead of 0.3 s.
-    if args.threads or (args.bf16 and device.type == "cpu"):
-        torch.set_num_threads(args.threads or 1)
+    torch.set_num_threads(args.threads)
     if world > 1:           # an hour, because all others wait while rank 0 writes a report
         dist.init_process_group(timeout=datetime.timedelta(hours=1))
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout

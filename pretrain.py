@@ -134,8 +134,9 @@ def arguments(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--compile", action="store_true", help="torch.compile, on GPUs only: slow first steps, then faster")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="compute in bfloat16 where its "
-        "precision is enough; release no (default: on GPUs that have it)")
-    add("--threads", type=int, default=0, help="CPU threads; 0 = one per core, or 1 with --bf16")
+        "precision is enough, on a CPU best with --threads 1; release no (default: on GPUs that have it)")
+    add("--threads", type=int, default=2, help="CPU threads; another number rounds differently, so results "
+        "differ")
     add("--every", type=int, default=200, help="steps between checkpoints, each with a report; training "
         "metrics are logged ten times as often")
     add("--eval-windows", type=int, default=128, help="held-out windows of the report")
@@ -143,8 +144,8 @@ def arguments(argv):
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
     args.chunk = POLICIES[args.policy].CHUNK if args.chunk is None else args.chunk
-    at_least(args, 1, "chunk", "latent_dim", "steps", "every")
-    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "threads", "seed")
+    at_least(args, 1, "chunk", "latent_dim", "steps", "every", "threads")
+    at_least(args, 0, "shift", "workers", "decode_steps", "warmup", "seed")
     at_least(args, 4, "eval_windows")
     # A single sample has no variance, and no other clip whose latent actions it could get.
     at_least(args, 2 if args.latent_norm == "batch" or args.latents == "shuffled" else 1, "batch_size")

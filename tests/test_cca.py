@@ -272,7 +272,7 @@ def runs(data, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name, flags in (("plain", ["--views", "all"]), ("inverse", ["--latent-source", "inverse"])):
         pretrain.main(["--smoke", "--steps", "2", "--data", data.robot, "--probe-data", "none", "--out",
-                       str(root / name), "--device", "cpu", "--chunk", "4", *flags])
+                       str(root / name), "--device", "cpu", "--threads", "1", "--chunk", "4", *flags])
     return root
 
 

@@ -21,7 +21,7 @@ from conftest import metrics
 from models import InputError
 from prepare_data import EpisodeDataset
 
-FLAGS = "--smoke --device cpu --steps 4 --every 2 --batch-size 4".split()
+FLAGS = "--smoke --device cpu --threads 1 --steps 4 --every 2 --batch-size 4".split()
 FEW = ["--eval-windows", "8", "--probe-data", "none"]
 
 
@@ -235,7 +235,7 @@ def test_pretraining_learns_and_draws_four_clips_as_truth_imagined_and_error(dat
 
 def test_finetuning_beats_chance_and_reports_units(data, pretrained, tmp_path):
     fine(data, tmp_path, "--init", str(pretrained),
-         *"--steps 150 --every 150 --batch-size 8 --shift 0 --warmup 5 --lr 2e-3 --trunk-lr 2e-3".split())
+         *"--steps 150 --every 150 --batch-size 8 --shift 0 --warmup 5 --lr 2e-3".split())
     last = metrics(tmp_path)[-1]
     std = pretrain.EpisodeDataset(data.robot, 1).values("actions")[:, 0].std()
     assert last["val_l1/6"] < 0.8 * 0.5, "side of the picture, 0 or 1: better than always saying one half"
