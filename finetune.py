@@ -103,6 +103,7 @@ def arguments(argv):
     if p.parse_known_args(argv)[0].smoke:
         p.set_defaults(**SMOKE)
     args = p.parse_args(argv)
+    args.trunk_lr = args.lr if args.trunk_lr is None else args.trunk_lr
     at_least(args, 1, "chunk", "steps", "batch_size", "every", "threads")
     at_least(args, 0, "shift", "jitter", "workers", "warmup", "seed", "lr", "trunk_lr")
     if args.ema is not None and not 0 <= args.ema < 1:
@@ -211,9 +212,8 @@ def main(argv=None):
     policy = policy.to(device)
     decay = policy.EMA if args.ema is None else args.ema
     averaged = copy.deepcopy(policy).eval() if decay else policy                      # what is evaluated
-    trunk_lr = args.lr if args.trunk_lr is None else args.trunk_lr
     groups = [{"params": [p for name, p in policy.named_parameters() if (name in new) == fresh], "peak": peak}
-              for fresh, peak in ((True, args.lr), (False, trunk_lr))]
+              for fresh, peak in ((True, args.lr), (False, args.trunk_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
     start = 0
     if checkpoint:
