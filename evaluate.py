@@ -400,9 +400,9 @@ def read_runs(files):
                 raise InputError(f"{file}: expected one policy in a run folder named POLICY_ARM_DEMOS_BLOCK, "
                                  f"for example baku_scratch_3_100; the folder is {name}")
             policy, arm, demos, block = name.split("_")
-            episodes = {}
-            for x in sorted(lines, key=lambda x: (x["task"], x["start"])):
-                episodes.setdefault(x["task"], []).append([x["start"], int(x["success"]), x["steps"]])
+            episodes, played = {}, {(x["task"], x["start"]): x for x in lines}
+            for (task, start), x in sorted(played.items()):
+                episodes.setdefault(task, []).append([start, int(x["success"]), x["steps"]])
             lines = [{"policy": policy, "arm": arm, "demos": int(demos), "block": int(block),
                       "commit": lines[0]["commit"], "episodes": episodes}]
         if not lines:
@@ -467,7 +467,8 @@ def contrasts(rates):
             for row, p in zip(family, holm([row[-1] for row in family]))]
 
 
-COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")    # safe for the colour-blind
+COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
+           "#000000")                                                           # safe for the colour-blind
 
 
 def draw_success(rates):
@@ -497,9 +498,12 @@ def draw_success(rates):
                 xlabel=f"{common} demonstrations per task")
     for ax, policy in zip(axes[1:], curves):
         for arm in names:
-            means = {demos * 1.2 ** place(arm): draw(ax, demos * 1.2 ** place(arm), arm, arms[arm])
-                     for (other, demos), arms in rates.items() if other == policy and arm in arms}
-            ax.plot(list(means), list(means.values()), color=colours[arm])
+            points = {demos * 1.2 ** place(arm): arms[arm] for (other, demos), arms in rates.items()
+                      if other == policy and arm in arms}
+            shared = set.intersection(*map(set, points.values())) if points else ()      # the same blocks
+            means = [draw(ax, x, arm, {b: rate for b, rate in blocks.items() if b in shared or not shared})
+                     for x, blocks in points.items()]
+            ax.plot(list(points), means, color=colours[arm])
         ax.set(xscale="log", xlabel=f"{policy}: demonstrations per task")
         ax.minorticks_off()
         ticks = [demos for other, demos in rates if other == policy]
@@ -618,7 +622,8 @@ def check_policy(arm, args, bench, tasks):
         print(f"note         the units of {arm.label}'s actions are unknown; assumed: those of {args.env}")
     check_fit(arm.label, arm.checkpoint, args.env, bench.cameras, bench.proprio_dim, action, bench.hz)
     execute = make_chunker(arm.policy, args.execute).execute
-    print(f"policy       {arm.label} ({arm.key}, step {arm.checkpoint['step']:,}), cameras "
+    step, steps = arm.checkpoint["step"], arm.checkpoint["args"]["steps"]
+    print(f"policy       {arm.label} ({arm.key}, step {step:,} of {steps:,}), cameras "
           f"{', '.join(arm.policy.cameras)}; chunks of {arm.policy.chunk}, "
           + (f"{execute} per look" if execute else f"temporal ensembling, decay {args.decay:g}"))
     for task in tasks:

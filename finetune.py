@@ -130,6 +130,9 @@ def starting_point(args):
                                or checkpoint["config"]["policy"] == "diffusion"):
         raise InputError(f"--head add needs a policy whose last layer makes latent actions; {args.init} has "
                          "none (a finetuned policy, or diffusion): leave it out")
+    if checkpoint["step"] < checkpoint["args"]["steps"]:
+        print(f"warning      {args.init} is of an unfinished run, at step {checkpoint['step']:,} of "
+              f"{checkpoint['args']['steps']:,}: the command that made it finishes it with --resume")
     return checkpoint["config"], checkpoint["policy"]
 
 

@@ -76,7 +76,8 @@ def write_checkpoint(path, seed=0, instructions=("push the cup", "lift the cup")
     if stage == "finetune":
         policy.action_norm.fit({"min": [-0.02] * 7, "max": [0.02] * 7, "std": [0.02] * 7})
     data = {"instructions": list(instructions), "action": robot.ACTION, **data}
-    save_checkpoint(path, dict(stage=stage, step=5, config=config, policy=policy.state_dict(), data=data))
+    save_checkpoint(path, dict(stage=stage, step=5, config=config, policy=policy.state_dict(), data=data,
+                               args={"steps": 5}))
     return str(path)
 
 
@@ -342,7 +343,8 @@ def test_the_figure_pairs_blocks_and_refuses_arms_that_played_other_starts(tmp_p
         folder.mkdir(parents=True)
         rows = [{"arm": arm, "task": "stack", "start": first + i, "success": x > 0, "steps": 9, "commit": "c"}
                 for arm in ("noop", "hash of a checkpoint") for i, x in enumerate(outcomes)]
-        (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]))
+        rows = [*rows[::-1], rows[-1]]                   # two processes have played the same episode
+        (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(folder / "episodes.jsonl")
 
     files = [write("baku_hand_3_101", [1, 1, 0, 1]), write("baku_scratch_3_100", [1, 0, 0, 0]),
@@ -357,6 +359,10 @@ def test_the_figure_pairs_blocks_and_refuses_arms_that_played_other_starts(tmp_p
     evaluate.main(["--figure", str(tmp_path / "study.jsonl"), "--out", str(tmp_path / "again")])
     assert capsys.readouterr().out.split("wrote")[0] == table
     assert (tmp_path / "again" / "study.jsonl").read_text() == (tmp_path / "study.jsonl").read_text()
+
+    curve = evaluate.draw_success({("baku", 3): {"scratch": {100: 20.0, 101: 40.0}},
+                                   ("baku", 5): {"scratch": {100: 50.0}}}).axes[1]
+    assert curve.lines[-1].get_ydata().tolist() == [20, 50], "the same blocks at every number"
 
     other, unnamed = write("baku_late_3_100", [1, 1, 1, 1], first=4), write("mine", [1])
     for chosen, words in (([*files, other], "block 100: the arm late played other starts"),

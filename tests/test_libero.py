@@ -114,7 +114,7 @@ def test_a_suite_is_evaluated_without_home_stdin_or_display_and_processes_change
     policy = make_policy(config)
     policy.action_norm.fit({"min": [-1.0] * 7, "max": [1.0] * 7, "std": [1.0] * 7})
     data = {"instructions": [SOUP.replace("_", " ")], "action": prepare_data.LIBERO["action"]}
-    save_checkpoint(tmp_path / "last.pt", dict(stage="finetune", step=5, config=config,
+    save_checkpoint(tmp_path / "last.pt", dict(stage="finetune", step=5, config=config, args={"steps": 5},
                                                policy=policy.state_dict(), data=data))
 
     def flags(workers):

@@ -257,6 +257,13 @@ def test_finetuning_adds_cameras_and_proprioception_and_names_what_is_new(data, 
     assert 0 < 10 * moved[0] < moved[1], "at its own rate"
 
 
+def test_finetuning_from_an_unfinished_pretraining_warns(pretrained, tmp_path, capsys):
+    models.save_checkpoint(tmp_path / "last.pt", {**models.load_checkpoint(pretrained), "step": 3})
+    for path, warned in ((pretrained, False), (tmp_path / "last.pt", True)):
+        finetune.starting_point(finetune.arguments(["--init", str(path)]))
+        assert ("is of an unfinished run, at step 3 of 4" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("policy", models.POLICIES)
 def test_the_supervised_baseline_finetunes_a_finetuned_policy_with_a_new_last_layer(data, tmp_path, policy):
     first = fine(data, tmp_path / "all", "--init", "scratch", "--policy", policy, "--steps", "1")["policy"]
